@@ -1,0 +1,1 @@
+"""Flax front ends: what turns a user's module into pure functions over plain trees."""

@@ -1,0 +1,1 @@
+"""Real and synthetic data sets that need no download."""

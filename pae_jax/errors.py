@@ -1,0 +1,99 @@
+"""Typed errors: each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PaeError(Exception):
+    """Base of every error that pae_jax raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of its message, line breaks escaped.
+        return str(self.args[0]) if self.args else ""
+
+
+class ArgumentError(PaeError, ValueError):
+    """An argument lies outside its documented range."""
+
+
+class UnknownTaskError(PaeError, KeyError):
+    """No task of this name is in the state."""
+
+    def __init__(self, name: object, known: list[str]):
+        self.name = name
+        self.known = known
+        listing = ", ".join(repr(task) for task in known) or "none yet"
+        super().__init__(
+            f"unknown task {name!r}; the state has: {listing}. Add it with pae.pack(net, state, {name!r}, ...)."
+        )
+
+
+class PhaseError(PaeError, RuntimeError):
+    """A call came in the wrong phase of a task's life."""
+
+    def __init__(self, call: str, task: str, phase: str, valid: str):
+        self.task = task
+        self.phase = phase
+        super().__init__(f"{call} cannot be called now: task {task!r} is {phase}. Valid calls: {valid}.")
+
+
+class CapacityError(PaeError, RuntimeError):
+    """No room is left for what was asked."""
+
+
+class StructureError(PaeError, ValueError):
+    """A tree, leaf, input or model has another structure, shape or dtype than expected."""
+
+    def __init__(self, tree: str, path: str, found: Any, expected: Any, hint: str = ""):
+        self.tree = tree
+        self.path = path
+        self.found = found
+        self.expected = expected
+        place = f"{tree}, leaf '{path}'" if path else tree
+        text = f"{place}: found {found}, expected {expected}."
+        super().__init__(f"{text} {hint}".rstrip())
+
+
+class DataError(PaeError, ValueError):
+    """Examples or labels that no training or evaluation could use."""
+
+
+class DivergedError(PaeError, ArithmeticError):
+    """Training met a loss or gradient that is not finite and stopped.
+
+    Attributes:
+      step: 0-based training step, counted from the start of this `fit`, whose loss or gradient was not finite.
+      state: the state after the last good step; nothing of the bad step is in it.
+      history: the `History` up to that step.
+    """
+
+    def __init__(self, task: str, step: int, state: Any, history: Any):
+        self.step = step
+        self.state = state
+        self.history = history
+        super().__init__(
+            f"task {task!r}: the loss or its gradient became NaN or infinite at step {step}; training stopped. "
+            "The state after the last good step is this error's `.state`. "
+            "A smaller learning rate, gradient clipping or a look at the data of that step may help."
+        )
+
+
+class ForgettingError(PaeError, RuntimeError):
+    """Something a frozen task depends on is no longer what it was when the task was frozen."""
+
+
+class NotPreservableError(PaeError, ValueError):
+    """Widening would change what an old task computes.
+
+    Attributes:
+      reasons: one text per place, each naming the layer, the reason and what to do.
+    """
+
+    def __init__(self, message: str, reasons: tuple[str, ...] = ()):
+        self.reasons = reasons
+        super().__init__(message)
+
+
+class CheckpointError(PaeError, OSError):
+    """A stage that cannot be written, is missing, incomplete, damaged or of another kind."""

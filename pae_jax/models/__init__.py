@@ -1,0 +1,1 @@
+"""Backbones: plain Flax Linen modules of features, with a channel factor `width`."""
