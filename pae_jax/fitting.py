@@ -1,0 +1,359 @@
+"""Loops around the compiled steps: `fit`, `evaluate`, `predict`, `features`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pae_jax import heads, ownership, training
+from pae_jax.batching import Feed, feed, pad
+from pae_jax.errors import ArgumentError, DivergedError, StructureError
+from pae_jax.network import Net, as_inputs, as_key, check_batch_size, check_inputs
+from pae_jax.pruning import CubicSchedule, Room, check_choice
+from pae_jax.state import State, TaskState, find, find_trainable
+from pae_jax.training import Carry, Loss, softmax_cross_entropy
+from pae_jax.trees import Tree, abstract, require_match
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in a `fit`.
+
+    Attributes:
+      rows: one dict per epoch: `epoch` (from 1), `loss` (mean over the steps), and with validation data `val_loss`
+        and `val_accuracy`.
+      kept_epoch: epoch whose weights were returned.
+      opt_state: state of the optimizer at the end; hand it to another `fit` as `opt_state=` to go on.
+    """
+
+    rows: tuple[dict[str, float], ...]
+    kept_epoch: int
+    opt_state: Any
+
+
+class _Snapshot(NamedTuple):
+    score: float
+    epoch: int
+    state: State
+
+
+def fit(
+    net: Net,
+    state: State,
+    task: str,
+    train: Any,
+    *,
+    optimizer: Any,
+    epochs: int,
+    key: jax.Array,
+    batch_size: int = 32,
+    val: Any = None,
+    loss: Loss | None = None,
+    pruning: CubicSchedule | None = None,
+    keep: Literal["last", "best"] = "last",
+    opt_state: Any = None,
+    progress: bool = True,
+) -> tuple[State, History]:
+    """Train the newest task; nothing of any other task changes by a single bit, whatever the optimizer.
+
+    Each step computes the gradient, runs the optax chain on the task's own weights, and applies
+    `w <- where(owner == k, w + update, w)`.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network; it is left as it is.
+      task: the newest task, not frozen.
+      train: arrays `(x, y)`, shuffled anew every epoch and cut into full batches; or a factory
+        `epoch -> iterator of batches`; or an iterable of batches, such as a Grain dataset. A batch is `(x, y)` or a
+        dict with `image` and `label`.
+      optimizer: any optax transformation over `{"shared", "local", "head"}`. Where a shared weight is not the task's
+        own, it sees 0 as parameter and as gradient.
+      epochs: passes over the data, at least 0.
+      key: random key of shuffling and dropout.
+      batch_size: examples per step when `train` is arrays; fewer if there are fewer.
+      val: validation data in the same forms, evaluated after every epoch.
+      loss: `(logits, y) -> losses`, one per example or their mean; default softmax cross-entropy of integer labels.
+      pruning: releases weights while training, after the steps that the schedule names.
+      keep: "last" returns the last epoch's weights, "best" those of the epoch with the highest validation accuracy
+        (lowest loss if there is none), the first on ties, among epochs after the end of `pruning`.
+      opt_state: state of the same optimizer to go on with; None starts afresh.
+      progress: show a progress bar.
+
+    Returns:
+      `(state, history)`.
+
+    Raises:
+      UnknownTaskError, PhaseError: no such task, or it is frozen.
+      DataError, StructureError: unusable data, named; raised before training where the data is arrays.
+      DivergedError: loss or gradient became NaN or infinite; holds the state after the last good step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "sign", head=2, key=jax.random.key(1))
+      >>> x = jax.random.normal(jax.random.key(2), (64, 4))
+      >>> data = (x, (x[:, 0] > 0).astype(int))
+      >>> state, history = pae.fit(net, state, "sign", data, optimizer=optax.adam(0.01), epochs=20,
+      ...                          key=jax.random.key(3), progress=False)
+      >>> pae.evaluate(net, state, "sign", data)["accuracy"] > 0.9
+      True
+    """
+    entry = find_trainable(state, task, "fit")
+    check_choice("keep", keep, ("last", "best"))
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, np.integer)) or epochs < 0:
+        raise ArgumentError(f"epochs must be an integer of at least 0, found {epochs!r}")
+    if keep == "best" and val is None:
+        raise ArgumentError("keep='best' chooses by validation data; pass val=")
+    _require_own_net(net, state)
+    tx = _transformation(optimizer)
+    objective = loss or softmax_cross_entropy
+    _, logits = heads.layout(net, entry.head_spec, entry.width)
+    batches = feed(net, train, logits, batch_size, class_labels=loss is None)
+    val_feed = None if val is None else feed(net, val, logits, EVAL_BATCH, class_labels=loss is None)
+    return _Fit(net, state, task, entry, tx, objective, pruning, as_key(key)).run(
+        batches, val_feed, int(epochs), keep, opt_state, progress
+    )
+
+
+class _Fit:
+    """One call of `fit`: what stays the same from epoch to epoch."""
+
+    def __init__(
+        self,
+        net: Net,
+        state: State,
+        task: str,
+        entry: TaskState,
+        tx: Any,
+        loss: Loss,
+        pruning: CubicSchedule | None,
+        key: jax.Array,
+    ):
+        self.net, self.state, self.task, self.entry, self.loss = net, state, task, entry, loss
+        self.pruning = pruning
+        self.owner = state.owner
+        self.room = Room(state.owner, entry.id, pruning.scope) if pruning else None
+        self.task_id = ownership.id_array(entry.id)
+        self.shuffle_key, self.step_key = jax.random.split(key)
+        self.step = training.train_step(net, entry, tx, loss)
+        self.init_optimizer = training.optimizer_init(net, tx)
+
+    def run(
+        self, batches: Feed, val: Feed | None, epochs: int, keep: str, opt_state: Any, progress: bool
+    ) -> tuple[State, History]:
+        carry = self._start(opt_state)
+        rows: list[dict[str, float]] = []
+        best: _Snapshot | None = None
+        taken = 0
+        total = None if batches.steps is None else batches.steps * epochs
+        with tqdm(total=total, desc=f"fit {self.task}", unit="step", disable=not progress, leave=False) as bar:
+            for epoch in range(epochs):
+                steps = 0
+                for x, y in batches.epoch(epoch, self.shuffle_key):
+                    carry = self.step(carry, self.owner, self.task_id, self.step_key, as_inputs(self.net, x), y)
+                    steps += 1
+                    if self.pruning and self.pruning.updates_at(taken + steps):
+                        carry = self._release(carry, taken + steps)
+                    bar.update()
+                taken += steps
+                row = {"epoch": epoch + 1, "loss": float(carry.loss_sum) / max(steps, 1)}
+                bad = int(carry.bad_step)
+                if bad >= 0:
+                    history = History(tuple(rows), epoch, carry.opt_state)
+                    raise DivergedError(self.task, bad, self._state(carry), history)
+                if val is not None:
+                    scores = _evaluate(self.net, self._state(carry), self.task, val, self.loss)
+                    row |= {f"val_{name}": value for name, value in scores.items() if name != "count"}
+                    best = self._better(best, row, carry, taken) if keep == "best" else None
+                rows.append(row)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
+                carry = carry._replace(loss_sum=jnp.zeros((), jnp.float32))
+        if best is not None:
+            return best.state, History(tuple(rows), best.epoch, carry.opt_state)
+        return self._state(carry), History(tuple(rows), epochs, carry.opt_state)
+
+    def _start(self, opt_state: Any) -> Carry:
+        parts = (self.state.shared, self.entry.local, self.entry.head)
+        initial = jax.eval_shape(self.init_optimizer, *parts, self.owner, self.task_id)
+        if opt_state is None:
+            opt_state = self.init_optimizer(*parts, self.owner, self.task_id)
+        else:
+            hint = "It must come from a fit with the same optimizer, width and head."
+            opt_state = jax.tree.map(jnp.asarray, opt_state)
+            require_match("opt_state", abstract(opt_state), abstract(initial), hint)
+        zero = jnp.zeros((), jnp.int32)
+        # The steps overwrite their operands in place; the caller's arrays must survive.
+        mine = jax.tree.map(jnp.copy, (*parts, opt_state))
+        return Carry(*mine, step=zero, bad_step=zero - 1, loss_sum=jnp.zeros((), jnp.float32))
+
+    def _release(self, carry: Carry, step: int) -> Carry:
+        assert self.pruning and self.room
+        shared, self.owner = self.room.prune(carry.shared, self.owner, self.pruning(step))
+        return carry._replace(shared=shared)
+
+    def _state(self, carry: Carry) -> State:
+        entry = self.entry.replace(local=carry.local, head=carry.head)
+        return self.state.replace(shared=carry.shared, owner=self.owner, tasks={**self.state.tasks, self.task: entry})
+
+    def _better(self, best: _Snapshot | None, row: dict[str, float], carry: Carry, taken: int) -> _Snapshot | None:
+        if self.pruning and taken < self.pruning.end:
+            return best
+        score = row.get("val_accuracy", -row["val_loss"])
+        if best is not None and score <= best.score:
+            return best
+        copy = carry._replace(**jax.tree.map(jnp.copy, {k: getattr(carry, k) for k in ("shared", "local", "head")}))
+        return _Snapshot(score, int(row["epoch"]), self._state(copy))
+
+
+EVAL_BATCH = 256
+
+
+def evaluate(
+    net: Net,
+    state: State,
+    task: str,
+    data: Any,
+    *,
+    batch_size: int = EVAL_BATCH,
+    loss: Loss | None = None,
+) -> dict[str, float]:
+    """Measure a task; every example counts once, and no array of the state changes.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      data: as for `fit`; the last batch is filled up and its filling weighted 0.
+      batch_size: examples per batch when `data` is arrays.
+      loss: as for `fit`, taken of single examples and averaged.
+
+    Returns:
+      `{"accuracy": ..., "loss": ..., "count": ...}`, the first only where labels are class numbers.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      DataError, StructureError: unusable data, named.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.evaluate(net, state, "a", (jnp.ones((10, 4)), jnp.zeros(10, int)), batch_size=4)["count"]
+      10
+    """
+    entry = find(state, task)
+    _require_own_net(net, state)
+    _, logits = heads.layout(net, entry.head_spec, entry.width)
+    batches = feed(net, data, logits, batch_size, class_labels=loss is None)
+    return _evaluate(net, state, task, batches, loss or softmax_cross_entropy)
+
+
+def _evaluate(net: Net, state: State, task: str, batches: Feed, loss: Loss) -> dict[str, float]:
+    entry = find(state, task)
+    step = training.eval_step(net, entry.width, entry.head_spec, loss)
+    weights = ownership.task_weights(state, entry)
+    sums: list[dict[str, jax.Array]] = []
+    count = size = 0
+    for batch in batches.epoch(0, None):
+        size = max(size, len(batch[1]))
+        x, y, weight = pad(batch, size)
+        sums.append(step(weights, entry.local, entry.head, as_inputs(net, x), y, weight))
+        count += len(batch[1])
+    totals = {name: float(sum(float(part[name]) for part in sums)) for name in sums[0]}
+    return {name: totals[name] / count for name in sorted(totals)} | {"count": count}
+
+
+def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | None = None) -> jax.Array:
+    """Return a task's logits, computed at the task's own width with the weights it sees.
+
+    For a frozen task they are the same bits for ever: through later pack, fit, prune, freeze, expand, save and load
+    (same machine, same JAX, same batch shape).
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      x: inputs (batch, ...), shapes and dtypes as in the net's sample.
+      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+
+    Returns:
+      The head's output (batch, ...).
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      StructureError: inputs of a wrong shape or dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.predict(net, state, "a", jnp.ones((3, 4))).shape
+      (3, 2)
+    """
+    entry = find(state, task)
+    apply = training.apply_task(net, entry.width, entry.head_spec)
+    return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, entry.head, x))
+
+
+def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | None = None) -> jax.Array:
+    """Return the features that a task's head would get; otherwise like `predict`.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      x: inputs (batch, ...), shapes and dtypes as in the net's sample.
+      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+
+    Returns:
+      The backbone's output (batch, ...) at the task's own width.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      StructureError: inputs of a wrong shape or dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.features(net, state, "a", jnp.ones((3, 4))).shape
+      (3, 16)
+    """
+    entry = find(state, task)
+    apply = training.apply_backbone(net, entry.width)
+    return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, x))
+
+
+def _run(net: Net, state: State, entry: TaskState, x: Tree, batch_size: int | None, apply: Any) -> jax.Array:
+    _require_own_net(net, state)
+    x = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), x)
+    check_inputs(net, x)
+    weights = ownership.task_weights(state, entry)
+    if batch_size is None:
+        return apply(weights, as_inputs(net, x))
+    size = check_batch_size(batch_size)
+    count = len(jax.tree.leaves(x)[0])
+    pieces = []
+    for start in range(0, count, size):
+        piece = jax.tree.map(lambda leaf: np.asarray(leaf[start : start + size]), x)  # noqa: B023
+        filled, _, _ = pad((piece, np.zeros(len(jax.tree.leaves(piece)[0]))), size)
+        pieces.append(apply(weights, as_inputs(net, filled)))
+    return jnp.concatenate(pieces)[:count]
+
+
+def _require_own_net(net: Net, state: State) -> None:
+    require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
+
+
+def _transformation(optimizer: Any) -> Any:
+    """Return an optimizer as a gradient transformation; `optax.MultiSteps` is wrapped by its own method."""
+    if hasattr(optimizer, "gradient_transformation"):
+        return optimizer.gradient_transformation()
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise StructureError("optimizer", "", type(optimizer).__name__, "an optax gradient transformation", "")
+    return optimizer

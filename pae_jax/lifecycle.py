@@ -1,0 +1,278 @@
+"""A task's life: `init` and `from_variables` make a network, `pack` adds a task, `freeze` and `drop` end it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax import heads, ownership, verification
+from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.fingerprint import fingerprint
+from pae_jax.network import Net, as_key, check_width, zeros
+from pae_jax.pruning import check_choice
+from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, names, newest
+from pae_jax.trees import Tree, require_match
+
+
+def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
+    """Make a network in which every shared weight is free and no task exists.
+
+    Args:
+      net: from `pae.linen` or `pae.nnx`.
+      key: random key; draws the initial values as the model does.
+      width: channel factor handed to `build`, positive.
+
+    Returns:
+      A state without tasks.
+
+    Raises:
+      StructureError: the model has no shareable leaf, a leaf that cannot be handled (named), or no `train` argument.
+      ArgumentError: width is not positive and finite, or key is not a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0), width=1.5)
+      >>> jax.tree.map(jnp.shape, state.shared)
+      {'Dense_0': {'kernel': (4, 24)}, 'Dense_1': {'kernel': (24, 24)}}
+    """
+    width = check_width(width)
+    net.layout(width)
+    shared, _ = net.initial(as_key(key), width)
+    return State(shared=shared, owner=_all_free(shared), tasks={}, width=width)
+
+
+def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> State:
+    """Make a network from pretrained variables; every shared weight is free and keeps its value.
+
+    The first task packed gets the weights and the pretrained local variables: pack it, and fit, prune or freeze it
+    as it is.
+
+    Args:
+      net: from `pae.linen` or `pae.nnx`.
+      variables: `{collection: nested dict}` of the backbone, in its own shapes and dtypes.
+      width: channel factor the variables belong to.
+
+    Returns:
+      A state without tasks.
+
+    Raises:
+      StructureError: a missing, extra, mis-shaped or mis-typed leaf; names its path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> model = pae.models.MLP()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 4)), train=False)
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.from_variables(net, variables), "a", head=2, key=jax.random.key(1))
+      >>> x = jnp.ones((2, 4))
+      >>> bool(jnp.allclose(pae.features(net, state, "a", x), model.apply(variables, x, train=False)))
+      True
+    """
+    width = check_width(width)
+    layout = net.layout(width)
+    shared, local = net.split(variables)
+    hint = "The variables must come from the same model at the same width."
+    require_match("variables['params']", shared, layout.shared, hint)
+    require_match("variables", local, layout.local, hint)
+    shared, local = (jax.tree.map(jnp.array, tree) for tree in (shared, local))
+    return State(shared=shared, owner=_all_free(shared), tasks={}, width=width, local=local)
+
+
+def pack(
+    net: Net,
+    state: State,
+    task: str,
+    *,
+    head: Any,
+    key: jax.Array,
+    sharing: Literal["all", "first"] = "all",
+    norm_init: Literal["fresh", "inherit"] = "fresh",
+    reclaim_init: Literal["zeros", "fresh"] = "zeros",
+    allow_empty: bool = False,
+) -> State:
+    """Add a task: it becomes the newest, owns every free weight and may be trained.
+
+    `owner <- k where owner == 0`. Its forward pass sees its own weights and those of older tasks.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network; its newest task, if any, is frozen.
+      task: name, not used before.
+      head: number of classes, for a linear layer on the features, or a Flax module called on the features.
+      key: random key; draws local variables and head.
+      sharing: which older weights the task sees: "all", or "first" (those of task 1 only).
+      norm_init: local variables (norm scales and statistics, biases) start "fresh" (PAE), or "inherit" a copy of the
+        newest task's (CPG). The first task of a pretrained network starts from the pretrained ones.
+      reclaim_init: weights that an older task gave back start at "zeros", so that the task's first function uses
+        exactly the older knowledge, or "fresh" as the model draws them. A leaf without any nonzero weight is always
+        drawn fresh: zeros on both sides of a channel have no gradient.
+      allow_empty: accept a task for which no free weight is left; it uses older weights, its local variables and its
+        head.
+
+    Returns:
+      A new state.
+
+    Raises:
+      ArgumentError: the name is taken or empty, or an option unknown.
+      PhaseError: the newest task is not frozen yet.
+      CapacityError: no free weight is left, or 127 tasks exist.
+      StructureError: the state belongs to another model, or the head does not fit the features.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0))
+      >>> state = pae.pack(net, state, "age", head=8, key=jax.random.key(1))
+      >>> pae.free_fraction(state), state.tasks["age"].id
+      (0.0, 1)
+
+    Source: Hung et al., ICMR 2019 ("open" with ratio 1); Mallya and Lazebnik, CVPR 2018.
+    """
+    _check_new_task(state, task, head)
+    check_choice("sharing", sharing, SHARING)
+    check_choice("norm_init", norm_init, ("fresh", "inherit"))
+    check_choice("reclaim_init", reclaim_init, ("zeros", "fresh"))
+    require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
+    heads.layout(net, head, state.width)
+    task_id = len(state.tasks) + 1
+    _, free = ownership.host_counts(state.owner, task_id)
+    if not free.any() and not allow_empty:
+        raise CapacityError(
+            f"no free weight is left for task {task!r}. Prune a task before freezing it, widen the network with "
+            "pae.expand, or pass allow_empty=True to train only a head and local variables on the older weights."
+        )
+    local_key, head_key, weight_key = jax.random.split(as_key(key), 3)
+    shared = _reclaimed(net, state, weight_key, fresh=reclaim_init == "fresh")
+    entry = TaskState(
+        local=_starting_local(net, state, local_key, norm_init),
+        head=_initial_head(net, head, head_key, state.width),
+        id=task_id,
+        width=state.width,
+        head_spec=head,
+        sharing=sharing,
+    )
+    owner = ownership.claim(state.owner, ownership.id_array(task_id))
+    return state.replace(shared=shared, owner=owner, tasks={**state.tasks, task: entry}, local=None)
+
+
+def freeze(state: State, task: str) -> State:
+    """Make a task permanent: nothing of it can change from now on, and its digest is recorded.
+
+    Args:
+      state: the network.
+      task: the newest task, not frozen.
+
+    Returns:
+      A new state; `verify` will compare it with the digest for ever.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      PhaseError: the task is frozen already.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.freeze(state, "a").tasks["a"].phase
+      'frozen'
+    """
+    entry = find_trainable(state, task, "freeze")
+    entry = entry.replace(digests=verification.task_digests(state, entry))
+    return state.replace(tasks={**state.tasks, task: entry})
+
+
+def drop(state: State, task: str) -> State:
+    """Forget the newest task on purpose: its weights become free and exactly 0.
+
+    Args:
+      state: the network.
+      task: the newest task, frozen or not.
+
+    Returns:
+      A new state without the task.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      PhaseError: a later task exists, which may build on this one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.free_fraction(pae.drop(state, "a"))
+      1.0
+    """
+    entry = find(state, task)
+    last = newest(state)
+    if task != last:
+        raise PhaseError("drop", task, f"older than {last!r}, which may use its weights", f"drop of {last!r}")
+    mine = ownership.owned(state.owner, ownership.id_array(entry.id))
+    shared, owner = ownership.release(state.shared, state.owner, mine)
+    return state.replace(shared=shared, owner=owner, tasks={k: v for k, v in state.tasks.items() if k != task})
+
+
+def _all_free(shared: Tree) -> Tree:
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int8), shared)
+
+
+def _check_new_task(state: State, task: str, head: Any) -> None:
+    if not isinstance(task, str) or not task:
+        raise ArgumentError(f"a task's name is a non-empty string, found {task!r}")
+    if task in state.tasks:
+        raise ArgumentError(f"task {task!r} exists already; tasks: {', '.join(names(state))}. Choose another name.")
+    heads.check_head(head)
+    last = newest(state)
+    if last is not None and not state.tasks[last].frozen:
+        raise PhaseError(f"pack of {task!r}", last, "packed but not frozen", "fit, prune, freeze or drop of that task")
+    if len(state.tasks) >= MAX_TASKS:
+        raise CapacityError(f"a network holds at most {MAX_TASKS} tasks, because owner ids are int8; use a second one")
+
+
+def _starting_local(net: Net, state: State, key: jax.Array, norm_init: str) -> Tree:
+    if state.local is not None:
+        return state.local
+    layout = net.layout(state.width).local
+    last = newest(state)
+    if norm_init == "fresh" or last is None:
+        return net.initial_local(key, state.width)
+    inherited = state.tasks[last].local
+    require_match(f"local variables of task {last!r}", inherited, layout, "After an expansion use norm_init='fresh'.")
+    return inherited
+
+
+def _initial_head(net: Net, head: Any, key: jax.Array, width: float) -> Tree:
+    features = net.layout(width).features
+
+    def init(key: jax.Array) -> Tree:
+        return heads.program(head).init(key, zeros(features))
+
+    return net.memo(("init head", fingerprint(head), width), lambda: jax.jit(init))(key)
+
+
+def _reclaimed(net: Net, state: State, key: jax.Array, fresh: bool) -> Tree:
+    """Return the shared weights with the values that free weights start from."""
+    restart = _empty_leaves(state.shared, state.owner)
+    if not fresh and not np.asarray(restart).any():
+        return state.shared
+    drawn, _ = net.initial(key, state.width)
+    return _redraw(state.shared, state.owner, drawn, restart | fresh)
+
+
+@jax.jit
+def _empty_leaves(shared: Tree, owner: Tree) -> jax.Array:
+    """Say per leaf whether it is all free and all zero; bool of shape (leaves,)."""
+    pairs = zip(jax.tree.leaves(shared), jax.tree.leaves(owner), strict=True)
+    return jnp.stack([jnp.all((w == 0) & (o == ownership.FREE)) for w, o in pairs])
+
+
+@jax.jit
+def _redraw(shared: Tree, owner: Tree, drawn: Tree, leaves: jax.Array) -> Tree:
+    """Give zero free weights of the marked leaves their drawn value."""
+    chosen = jax.tree.unflatten(jax.tree.structure(shared), list(leaves))
+    return jax.tree.map(
+        lambda w, o, new, leaf: jnp.where((o == ownership.FREE) & (w == 0) & leaf, new, w), shared, owner, drawn, chosen
+    )

@@ -1,0 +1,185 @@
+"""Owner algebra: who may see, train, claim and release a weight. Every mask is derived from the owner ids.
+
+Owner ids are int8 arrays parallel to the shared weights: 0 is free, k is owned by task k. One id per weight makes
+the tasks disjoint by construction; there is no second mask that could disagree.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.state import State, TaskState, find
+from pae_jax.trees import Tree, flatten
+
+FREE = 0
+
+
+def id_array(task_id: int) -> jax.Array:
+    """Return a task id as the traced operand that all compiled functions of this library take."""
+    return jnp.asarray(task_id, jnp.int8)
+
+
+def visible(owner: Tree, task_id: jax.Array, sharing: str) -> Tree:
+    """Return the bool tree of the weights that take part in a task's forward pass.
+
+    `1 <= owner <= k` with sharing "all", `owner in {1, k}` with sharing "first".
+    """
+    if sharing == "first":
+        return jax.tree.map(lambda o: (o == 1) | (o == task_id), owner)
+    return jax.tree.map(lambda o: (o > FREE) & (o <= task_id), owner)
+
+
+def owned(owner: Tree, task_id: jax.Array) -> Tree:
+    """Return the bool tree `owner == k`."""
+    return jax.tree.map(lambda o: o == task_id, owner)
+
+
+def select(mask: Tree, tree: Tree) -> Tree:
+    """Keep a tree where the mask is True and put 0 elsewhere.
+
+    A product with the mask would let a NaN in a hidden weight through (`nan * 0` is nan); a selection does not.
+    """
+    return jax.tree.map(lambda m, leaf: jnp.where(m, leaf, jnp.zeros((), leaf.dtype)), mask, tree)
+
+
+@jax.jit
+def claim(owner: Tree, task_id: jax.Array) -> Tree:
+    """Give every free weight to a task."""
+    return jax.tree.map(lambda o: jnp.where(o == FREE, task_id, o), owner)
+
+
+@jax.jit
+def release(shared: Tree, owner: Tree, freed: Tree) -> tuple[Tree, Tree]:
+    """Free the weights of a bool tree: their owner becomes 0 and their value exactly 0."""
+    keep = jax.tree.map(jnp.logical_not, freed)
+    return select(keep, shared), select(keep, owner)
+
+
+@jax.jit
+def counts(owner: Tree, task_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `(owned, free)`: weights owned by a task and free weights, int32 of shape (leaves,)."""
+
+    def per_leaf(value: jax.Array | int) -> jax.Array:
+        return jnp.stack([jnp.sum(o == value, dtype=jnp.int32) for o in jax.tree.leaves(owner)])
+
+    return per_leaf(task_id), per_leaf(FREE)
+
+
+@partial(jax.jit, static_argnames="sharing")
+def _visible_weights(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str) -> Tree:
+    return select(visible(owner, task_id, sharing), shared)
+
+
+def at_width(state: State, tree: Tree, width: float) -> Tree:
+    """Gather a tree parallel to `state.shared` at one of the widths the state has had."""
+    for growth in reversed(state.growth):
+        if growth.narrow < width:
+            break
+        tree = growth.maps.take(tree)
+    return tree
+
+
+def task_weights(state: State, entry: TaskState) -> Tree:
+    """Return the weights a task computes with, at the task's own width: the visible ones, and 0 elsewhere."""
+    shared = at_width(state, state.shared, entry.width)
+    owner = at_width(state, state.owner, entry.width)
+    return _visible_weights(shared, owner, id_array(entry.id), entry.sharing)
+
+
+def masks(state: State, task: str) -> Tree:
+    """Return which shared weights take part in a task's forward pass.
+
+    `1 <= owner <= k` for sharing "all", `owner in {1, k}` for sharing "first".
+
+    Args:
+      state: the network.
+      task: name of a task, in any phase.
+
+    Returns:
+      bool tree parallel to `state.shared`, at the state's width.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0))
+      >>> state = pae.pack(net, state, "a", head=2, key=jax.random.key(1))
+      >>> bool(jax.tree.leaves(pae.masks(state, "a"))[0].all())
+      True
+    """
+    entry = find(state, task)
+    return visible(state.owner, id_array(entry.id), entry.sharing)
+
+
+def trainable(state: State, task: str) -> Tree:
+    """Return which shared weights training this task may change.
+
+    `owner == k` while task k is not frozen; nothing afterwards.
+
+    Args:
+      state: the network.
+      task: name of a task, in any phase.
+
+    Returns:
+      bool tree parallel to `state.shared`, at the state's width.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0))
+      >>> state = pae.freeze(pae.pack(net, state, "a", head=2, key=jax.random.key(1)), "a")
+      >>> bool(jax.tree.leaves(pae.trainable(state, "a"))[0].any())
+      False
+    """
+    entry = find(state, task)
+    if entry.frozen:
+        return jax.tree.map(lambda o: jnp.zeros(o.shape, bool), state.owner)
+    return owned(state.owner, id_array(entry.id))
+
+
+def owner_counts(state: State) -> dict[str, np.ndarray]:
+    """Return per leaf path the number of weights of each owner, int64 of shape (tasks + 1,), free ones first."""
+    size = len(state.tasks) + 1
+    return {
+        path: np.bincount(np.asarray(leaf).ravel(), minlength=size).astype(np.int64)
+        for path, leaf in flatten(state.owner).items()
+    }
+
+
+def free_fraction(state: State) -> float:
+    """Return the share of the shared weights that no task owns.
+
+    `#{owner == 0} / #weights`, at the state's width.
+
+    Args:
+      state: the network.
+
+    Returns:
+      float in [0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0))
+      >>> pae.free_fraction(state)
+      1.0
+    """
+    _, free = counts(state.owner, id_array(FREE))
+    total = sum(leaf.size for leaf in jax.tree.leaves(state.owner))
+    return int(np.asarray(free, np.int64).sum()) / total
+
+
+def host_counts(owner: Tree, task_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `counts` on the host, int64 of shape (leaves,)."""
+    own, free = cast("tuple[jax.Array, jax.Array]", counts(owner, id_array(task_id)))
+    return np.asarray(own, np.int64), np.asarray(free, np.int64)

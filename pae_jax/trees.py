@@ -1,0 +1,87 @@
+"""Trees of arrays: leaf paths, strict comparison, and the split of variables into shared and local ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from pae_jax.errors import StructureError
+
+Tree = Any
+"""A nested dict of arrays."""
+
+PARAMS = "params"
+"""Name of the collection that the optimizer trains, in Linen and, by our NNX adapter, in NNX."""
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Return `{path: leaf}` in path order, paths joined by "/" (`"Conv_0/kernel"`)."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def describe(leaf: Any) -> str:
+    """Return dtype and shape of a leaf as a reader expects them, `float32[3,3,1,8]`."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def abstract(tree: Tree) -> Tree:
+    """Return the tree with every array replaced by its shape and dtype."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+
+
+def require_match(name: str, tree: Tree, expected: Tree, hint: str = "") -> None:
+    """Raise `StructureError` unless two trees have the same paths, shapes and dtypes.
+
+    Args:
+      name: what the tree is called in the error message.
+      tree: tree of arrays, concrete or abstract.
+      expected: tree of arrays, concrete or abstract.
+      hint: sentence that ends the message: what to do.
+    """
+    found_leaves, expected_leaves = flatten(tree), flatten(expected)
+    for path in expected_leaves:
+        if path not in found_leaves:
+            raise StructureError(name, path, "nothing", describe(expected_leaves[path]), hint)
+    for path, leaf in found_leaves.items():
+        if path not in expected_leaves:
+            raise StructureError(name, path, describe(leaf), "nothing", hint)
+        wanted = expected_leaves[path]
+        same = getattr(leaf, "shape", None) == wanted.shape and getattr(leaf, "dtype", None) == wanted.dtype
+        if not same:
+            raise StructureError(name, path, describe(leaf), describe(wanted), hint)
+    if jax.tree.structure(tree) != jax.tree.structure(expected):
+        # Same paths, other containers: a list for a dict, or an empty branch.
+        raise StructureError(name, "", jax.tree.structure(tree), jax.tree.structure(expected), hint)
+
+
+def split(variables: Mapping[str, Tree], is_shared: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+    """Split variables into the shared weights and the local variables.
+
+    Args:
+      variables: `{collection: nested dict of leaves}`, as Flax gives them.
+      is_shared: predicate of path inside `params` and leaf.
+
+    Returns:
+      `(shared, local)`: a nested dict of the shared leaves of `params`, and the variables without them. Empty
+      branches are left out on both sides, so both trees are determined by their leaves.
+    """
+    shared, local = {}, {}
+    for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
+        if path[0] == PARAMS and is_shared("/".join(path[1:]), leaf):
+            shared[path[1:]] = leaf
+        else:
+            local[path] = leaf
+    return traverse_util.unflatten_dict(shared), traverse_util.unflatten_dict(local)
+
+
+def merge(shared: Tree, local: Tree) -> Tree:
+    """Join what `split` took apart."""
+    flat = {(PARAMS, *path): leaf for path, leaf in traverse_util.flatten_dict(shared).items()}
+    return traverse_util.unflatten_dict({**traverse_util.flatten_dict(local), **flat})

@@ -1,0 +1,154 @@
+"""The laws as functions: digests of what a frozen task depends on, `verify` and `check`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax import heads, ownership
+from pae_jax.errors import ForgettingError, StructureError
+from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, names
+from pae_jax.trees import describe, flatten
+
+
+def array_digest(*arrays: Any) -> str:
+    """Return the SHA-256 of dtype, shape and bytes of arrays, hexadecimal."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        host = np.ascontiguousarray(array)
+        digest.update(f"{host.dtype}{host.shape}".encode())
+        digest.update(host.tobytes() if host.ndim == 0 else host.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def task_digests(state: State, entry: TaskState) -> tuple[tuple[str, str], ...]:
+    """Return one `(path, SHA-256)` per array that belongs to a task, at the task's own width.
+
+    Of a shared weight the digest covers where the task owns and what the values are there. What the task sees of
+    older tasks is covered by their digests, so each weight is hashed once, however many tasks there are.
+    """
+    shared = flatten(ownership.at_width(state, state.shared, entry.width))
+    owner = flatten(ownership.at_width(state, state.owner, entry.width))
+    found = {"settings": _settings_digest(entry)}
+    for path, leaf in shared.items():
+        mine = np.asarray(owner[path]) == entry.id
+        found[f"shared/{path}"] = array_digest(np.packbits(mine), np.asarray(leaf)[mine])
+    for part, tree in (("local", entry.local), ("head", entry.head)):
+        found.update({f"{part}/{path}": array_digest(leaf) for path, leaf in flatten(tree).items()})
+    return tuple(found.items())
+
+
+def _settings_digest(entry: TaskState) -> str:
+    settings = [entry.id, entry.width, entry.sharing, heads.describe(entry.head_spec)]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def verify(state: State) -> None:
+    """Recompute the digest of every frozen task and compare.
+
+    A task's digest is SHA-256 over the positions and values of its own weights at its own width, its local
+    variables, its head and its settings, as they were when `freeze` was called.
+
+    Args:
+      state: the network.
+
+    Raises:
+      ForgettingError: an array of a frozen task differs; names the task and the path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> state = pae.freeze(state, "a")
+      >>> pae.verify(state)
+      >>> damaged = state.replace(shared=jax.tree.map(lambda w: -w, state.shared))
+      >>> pae.verify(damaged)
+      Traceback (most recent call last):
+      pae_jax.errors.ForgettingError: task 'a' is frozen, but 'shared/Dense_0/kernel' is no longer ...
+    """
+    for name in names(state):
+        entry = state.tasks[name]
+        if entry.digests is None:
+            continue
+        wanted, found = dict(entry.digests), dict(task_digests(state, entry))
+        differing = sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+        if differing:
+            raise ForgettingError(
+                f"task {name!r} is frozen, but '{differing[0]}' is no longer what it was when the task was frozen "
+                f"({len(differing)} arrays differ). Go back to the last saved stage; nothing in pae_jax changes a "
+                "frozen task, so look for code that writes into the state's arrays."
+            )
+
+
+def check(state: State) -> None:
+    """Check the structural laws of a state.
+
+    `shared` and `owner` have one structure and equal leaf shapes; owners are int8 in 0..number of tasks; ids are
+    1..n without a gap; at most the newest task is not frozen; widths never shrink.
+
+    Args:
+      state: the network.
+
+    Raises:
+      StructureError: names the tree and the leaf, what was found and what was expected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.init(net, jax.random.key(0))
+      >>> pae.check(state)
+      >>> pae.check(state.replace(owner=jax.tree.map(lambda o: o + 1, state.owner)))
+      Traceback (most recent call last):
+      pae_jax.errors.StructureError: owner, leaf 'Dense_0/kernel': found ids 1..1, expected ids in 0..0. ...
+    """
+    _check_trees(state)
+    _check_tasks(state)
+
+
+def _check_trees(state: State) -> None:
+    shared, owner = flatten(state.shared), flatten(state.owner)
+    for path in sorted(shared.keys() | owner.keys()):
+        if path not in owner:
+            raise StructureError("owner", path, "nothing", f"int8 of shape {shared[path].shape}")
+        if path not in shared:
+            raise StructureError("shared", path, "nothing", f"weights of shape {owner[path].shape}")
+        weight, ids = shared[path], owner[path]
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise StructureError("shared", path, describe(weight), "a float array")
+        if ids.dtype != jnp.int8 or ids.shape != weight.shape:
+            raise StructureError("owner", path, describe(ids), f"int8 of shape {weight.shape}")
+    if jax.tree.structure(state.shared) != jax.tree.structure(state.owner):
+        raise StructureError("owner", "", jax.tree.structure(state.owner), jax.tree.structure(state.shared))
+    for path, ids in owner.items():
+        if not ids.size:
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high > len(state.tasks):
+            hint = "Owner ids are ids of tasks in the state; 0 is free."
+            raise StructureError("owner", path, f"ids {low}..{high}", f"ids in 0..{len(state.tasks)}", hint)
+
+
+def _check_tasks(state: State) -> None:
+    order = names(state)
+    ids = [state.tasks[name].id for name in order]
+    if ids != list(range(1, len(ids) + 1)) or len(ids) > MAX_TASKS:
+        raise StructureError("tasks", "", f"ids {ids}", f"ids 1..{len(ids)} without a gap, at most {MAX_TASKS}")
+    widths = [growth.narrow for growth in state.growth] + [state.width]
+    for narrow, growth, wide in zip(widths, state.growth, widths[1:], strict=False):
+        if growth.wide != wide or not narrow < wide:
+            raise StructureError("growth", "", f"{narrow} -> {growth.wide}", f"an expansion up to width {wide}")
+    for position, name in enumerate(order):
+        entry = state.tasks[name]
+        if not entry.frozen and name != order[-1]:
+            raise StructureError(f"task {name!r}", "", "not frozen", "frozen, because a later task exists")
+        if entry.width not in widths:
+            raise StructureError(f"task {name!r}", "", f"width {entry.width}", f"one of the state's widths {widths}")
+        if position and entry.width < state.tasks[order[position - 1]].width:
+            raise StructureError(f"task {name!r}", "", f"width {entry.width}", "at least that of the task before")
+        if entry.sharing not in SHARING:
+            raise StructureError(f"task {name!r}", "", f"sharing {entry.sharing!r}", f"one of {SHARING}")
