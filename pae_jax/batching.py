@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,9 @@ def feed(net: Net, data: Any, logits: Any, batch_size: int, class_labels: bool) 
     if _is_arrays(data):
         x, y = check(data, "data")
         return _array_feed(jax.tree.map(np.asarray, x), np.asarray(y), batch_size)
+    make: Callable[[int], Iterable[Any]]
     if callable(data):
-        make = data
+        make = cast("Callable[[int], Iterable[Any]]", data)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         if iter(data) is data:
             raise DataError(
@@ -72,7 +73,7 @@ def feed(net: Net, data: Any, logits: Any, batch_size: int, class_labels: bool) 
         if empty:
             raise DataError(f"data gave no batch in epoch {index}")
 
-    return Feed(epoch, len(data) if hasattr(data, "__len__") else None)
+    return Feed(epoch, len(data) if isinstance(data, Sized) else None)
 
 
 def pad(batch: Batch, size: int) -> tuple[Tree, np.ndarray, np.ndarray]:

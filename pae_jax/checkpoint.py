@@ -195,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Tree]:
         found = ocp.metadata(str(path))
     except Exception as error:
         raise CheckpointError(f"{path} is not a complete Orbax checkpoint: {error}") from error
-    info = found.custom_metadata
+    info: Any = found.custom_metadata
     if not isinstance(info, dict) or info.get("format") != _FORMAT:
         raise CheckpointError(f"{path} was not written by pae_jax.save")
     if info.get("schema_version", 0) > SCHEMA_VERSION:

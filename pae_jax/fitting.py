@@ -28,7 +28,8 @@ class History:
       rows: one dict per epoch: `epoch` (from 1), `loss` (mean over the steps), and with validation data `val_loss`
         and `val_accuracy`.
       kept_epoch: epoch whose weights were returned.
-      opt_state: state of the optimizer at the end; hand it to another `fit` as `opt_state=` to go on.
+      opt_state: state of the optimizer at the end; hand it to another `fit` as `opt_state=` to go on. None after a
+        divergence.
     """
 
     rows: tuple[dict[str, float], ...]
@@ -164,7 +165,7 @@ class _Fit:
                 row = {"epoch": epoch + 1, "loss": float(carry.loss_sum) / max(steps, 1)}
                 bad = int(carry.bad_step)
                 if bad >= 0:
-                    history = History(tuple(rows), epoch, carry.opt_state)
+                    history = History(tuple(rows), epoch, None)
                     raise DivergedError(self.task, bad, self._state(carry), history)
                 if val is not None:
                     scores = _evaluate(self.net, self._state(carry), self.task, val, self.loss)

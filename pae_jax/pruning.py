@@ -127,7 +127,8 @@ class Room:
         """Release weights until the fraction is free; return shared weights and owners."""
         base = self.own if of == "own" else self.own + self.free
         already = 0 if of == "own" else self.free
-        wanted = np.maximum([round(fraction * n) for n in base.tolist()] - already, 0)
+        targets = np.asarray([round(fraction * n) for n in base.tolist()])
+        wanted = np.maximum(targets - already, 0)
         if not wanted.any():
             return shared, owner
         self.own, self.free = self.own - wanted, self.free + wanted

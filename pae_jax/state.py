@@ -15,8 +15,7 @@ MAX_TASKS = 127
 SHARING = ("all", "first")
 
 
-@struct.dataclass
-class TaskState:
+class TaskState(struct.PyTreeNode):
     """What belongs to one task alone, at the width the task was packed at.
 
     Attributes:
@@ -48,8 +47,7 @@ class TaskState:
         return "frozen" if self.frozen else "packed"
 
 
-@struct.dataclass
-class Growth:
+class Growth(struct.PyTreeNode):
     """One expansion: where the weights of the narrow backbone went in the wide one.
 
     Attributes:
@@ -63,8 +61,7 @@ class Growth:
     maps: Any = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """A network that holds many tasks; every operation returns a new one.
 
     Attributes:

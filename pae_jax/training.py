@@ -106,7 +106,7 @@ def _make_train_step(
         mine = ownership.owned(owner, task_id)
         grads = own_part(grads, mine)
         updates, opt_state = tx.update(grads, carry.opt_state, own_part(params, mine), value=value, grad=grads)
-        new = optax.apply_updates(params, updates)
+        new: Any = optax.apply_updates(params, updates)
 
         # Whatever the optimizer made of frozen weights (momentum, decay, Adam's epsilon), the values stay: the gate
         # is on the result, not on the gradient. After a bad step nothing moves any more.
@@ -116,12 +116,12 @@ def _make_train_step(
         rest = (
             {**carry.local, **local, **_params(carry.local, new["local"])},
             {**carry.head, **head, **_params(carry.head, new["head"])},
-            opt_state,
         )
-        kept = jax.tree.map(lambda n, old: jnp.where(good, n, old), rest, (carry.local, carry.head, carry.opt_state))
+        kept = jax.tree.map(lambda n, old: jnp.where(good, n, old), rest, (carry.local, carry.head))
         return Carry(
             shared,
             *kept,
+            opt_state=opt_state,
             step=carry.step + 1,
             bad_step=jnp.where(finite | (carry.bad_step >= 0), carry.bad_step, carry.step),
             loss_sum=carry.loss_sum + jnp.where(good, value, 0.0),
@@ -131,8 +131,12 @@ def _make_train_step(
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """Say whether every entry of every leaf is finite; a bool scalar."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+    """Say whether every entry of every leaf is finite; a bool scalar.
+
+    NaN and infinity survive a sum, and a sum is the cheapest pass over memory there is. A finite tree whose float32
+    sum overflows counts as not finite.
+    """
+    return jnp.isfinite(jnp.stack([jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]).sum())
 
 
 def _params(variables: Tree, params: Tree) -> dict[str, Tree]:

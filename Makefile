@@ -1,0 +1,34 @@
+# Two commands on a machine that has Python 3.11 to 3.13, pip and make: `make demo` and `make test`.
+# Each makes its own virtual environment in .venv first. `make PYTHON=python3.12 test` chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types check clean
+
+demo: .venv/demo.installed
+	$(BIN)/python examples/enrol_faces.py --out runs/enrol_faces --resume
+
+test: .venv/test.installed
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.installed
+	$(BIN)/basedpyright
+
+check: lint types test
+
+clean:
+	rm -rf .venv
+
+.venv/demo.installed: extras = faces,plot
+.venv/test.installed: extras = test
+.venv/dev.installed: extras = dev
+.venv/%.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and f"Python 3.11 to 3.13 is needed, found {sys.version.split()[0]}; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(extras)]"
+	touch $@

@@ -1,0 +1,46 @@
+"""What the documents show must run: README blocks in order, and the code cells of every notebook."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def run_blocks(blocks, name):
+    namespace = {"__name__": name}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    run_blocks(blocks, "README")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(code_cells(path), path.stem)
+
+
+def test_the_quickstart_composes_a_lifelong_network_in_under_25_lines():
+    lines = [line for cell in code_cells(ROOT / "examples" / "quickstart.ipynb") for line in cell.splitlines()]
+    assert len([line for line in lines if line.strip() and not line.lstrip().startswith("#")]) < 25
+
+
+def test_no_notebook_is_committed_with_an_error_or_without_its_output():
+    for path in NOTEBOOKS:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert any(cell["outputs"] for cell in cells)
+        assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
