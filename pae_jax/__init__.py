@@ -22,6 +22,7 @@ from pae_jax.errors import PaeError as PaeError
 from pae_jax.errors import PhaseError as PhaseError
 from pae_jax.errors import StructureError as StructureError
 from pae_jax.errors import UnknownTaskError as UnknownTaskError
+from pae_jax.expansion import expand as expand
 from pae_jax.fitting import History as History
 from pae_jax.fitting import evaluate as evaluate
 from pae_jax.fitting import features as features
@@ -45,5 +46,7 @@ from pae_jax.state import State as State
 from pae_jax.state import TaskState as TaskState
 from pae_jax.verification import check as check
 from pae_jax.verification import verify as verify
+from pae_jax.widening import WidenMaps as WidenMaps
+from pae_jax.widening import widen_maps as widen_maps
 
 __version__ = "0.1.0"

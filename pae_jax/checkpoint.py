@@ -21,6 +21,7 @@ from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.network import Net
 from pae_jax.state import Growth, State, TaskState, names
 from pae_jax.trees import Tree, abstract, describe, flatten, require_match
+from pae_jax.widening import WidenMaps
 
 SCHEMA_VERSION = 1
 _FORMAT = "pae_jax stage"
@@ -245,8 +246,6 @@ def _template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
 
 
 def _growth(record: dict[str, Any]) -> Growth:
-    from pae_jax.widening import WidenMaps
-
     return Growth(record["narrow"], record["wide"], WidenMaps.from_json(record["maps"]))
 
 

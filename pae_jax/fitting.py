@@ -38,7 +38,7 @@ class History:
 
 
 class _Snapshot(NamedTuple):
-    score: float
+    score: tuple[float, float]
     epoch: int
     state: State
 
@@ -80,8 +80,8 @@ def fit(
       val: validation data in the same forms, evaluated after every epoch.
       loss: `(logits, y) -> losses`, one per example or their mean; default softmax cross-entropy of integer labels.
       pruning: releases weights while training, after the steps that the schedule names.
-      keep: "last" returns the last epoch's weights, "best" those of the epoch with the highest validation accuracy
-        (lowest loss if there is none), the first on ties, among epochs after the end of `pruning`.
+      keep: "last" returns the last epoch's weights, "best" those of the epoch with the highest validation accuracy,
+        the lowest validation loss on ties, among the epochs after the end of `pruning`.
       opt_state: state of the same optimizer to go on with; None starts afresh.
       progress: show a progress bar.
 
@@ -204,7 +204,7 @@ class _Fit:
     def _better(self, best: _Snapshot | None, row: dict[str, float], carry: Carry, taken: int) -> _Snapshot | None:
         if self.pruning and taken < self.pruning.end:
             return best
-        score = row.get("val_accuracy", -row["val_loss"])
+        score = (row.get("val_accuracy", 0.0), -row["val_loss"])
         if best is not None and score <= best.score:
             return best
         copy = carry._replace(**jax.tree.map(jnp.copy, {k: getattr(carry, k) for k in ("shared", "local", "head")}))

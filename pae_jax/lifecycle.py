@@ -235,13 +235,11 @@ def _check_new_task(state: State, task: str, head: Any) -> None:
 def _starting_local(net: Net, state: State, key: jax.Array, norm_init: str) -> Tree:
     if state.local is not None:
         return state.local
-    layout = net.layout(state.width).local
+    fresh = net.initial_local(key, state.width)
     last = newest(state)
     if norm_init == "fresh" or last is None:
-        return net.initial_local(key, state.width)
-    inherited = state.tasks[last].local
-    require_match(f"local variables of task {last!r}", inherited, layout, "After an expansion use norm_init='fresh'.")
-    return inherited
+        return fresh
+    return ownership.local_at_width(state, state.tasks[last], fresh)
 
 
 def _initial_head(net: Net, head: Any, key: jax.Array, width: float) -> Tree:

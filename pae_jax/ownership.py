@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.state import State, TaskState, find
-from pae_jax.trees import Tree, flatten
+from pae_jax.trees import PARAMS, Tree, flatten
 
 FREE = 0
 
@@ -77,11 +77,22 @@ def _visible_weights(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str
 
 def at_width(state: State, tree: Tree, width: float) -> Tree:
     """Gather a tree parallel to `state.shared` at one of the widths the state has had."""
+    tree = {PARAMS: tree}
     for growth in reversed(state.growth):
-        if growth.narrow < width:
-            break
-        tree = growth.maps.take(tree)
-    return tree
+        if growth.narrow >= width:
+            tree = growth.maps.take(tree)
+    return tree[PARAMS]
+
+
+def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
+    """Return a task's local variables laid out at the state's width, new entries taken from fresh ones."""
+    growths = [growth for growth in state.growth if growth.narrow >= entry.width]
+    if not growths:
+        return entry.local
+    whole = growths[0].maps
+    for growth in growths[1:]:
+        whole = whole.then(growth.maps)
+    return whole.put(entry.local, fresh)
 
 
 def task_weights(state: State, entry: TaskState) -> Tree:

@@ -40,7 +40,7 @@ def program(make: Callable[[jax.Array], fnnx.Module]) -> Program:
         return variables_of(make(key))
 
     def apply(variables: dict[str, Tree], x: Tree, train: bool, key: jax.Array | None) -> tuple[Tree, dict[str, Tree]]:
-        values = traverse_util.flatten_dict(variables)
+        values: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(variables))
         key = jax.random.key(0) if key is None else key
 
         def value(index: int, path: tuple[Any, ...], leaf: fnnx.Variable) -> jax.Array:

@@ -1,0 +1,106 @@
+"""A convolution that XLA's CPU compiler runs at full speed, whatever the kernel and the map.
+
+Two kinds of convolution miss that compiler's fast path. One is the 1×1 convolution, 2 to 5 times slower than the
+matrix product that it is. The other has a kernel with more pixels than the map it slides over: the 3×3 convolutions
+on the 2×2 maps of VGG16's last block take 45 to 120 times as long as they should, three quarters of a training step.
+A gradient slides over the output map, so that counts as well. Both kinds are written as a matrix product over patches
+here (a training step of VGG16 then takes 0.37 s instead of 1.58 s, of InceptionResnetV1 0.60 s instead of 0.71 s).
+All else stays with `lax.conv_general_dilated`.
+
+The choice looks at spatial shapes only: never at channels, so a network has one structure at every width, and never
+at the backend, so it has that structure on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pads = Sequence[tuple[int, int]]
+
+
+def convolve(
+    images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Pads, **options: Any
+) -> jax.Array:
+    """Return `lax.conv_general_dilated` of the same arguments, by a matrix product where that is faster.
+
+    Args:
+      images: (batch, height, width, channels in), floating point.
+      kernel: (kernel height, kernel width, channels in, channels out), of the dtype of `images`.
+      strides: pixels between neighbouring windows, one number per spatial axis.
+      padding: "SAME", "VALID", or (low, high) pixels of zeros per spatial axis.
+      **options: as in `lax.conv_general_dilated`. Dilation, groups, other than two spatial axes, another layout than
+        NHWC and options unknown here are always left to it.
+
+    Returns:
+      (batch, new height, new width, channels out), equal to the convolution up to the order of summation.
+
+    Example:
+      >>> layout = ("NHWC", "HWIO", "NHWC")
+      >>> convolve(jnp.ones((1, 2, 2, 3)), jnp.ones((3, 3, 3, 4)), (1, 1), "SAME", dimension_numbers=layout)[0, 0, 0]
+      Array([12., 12., 12., 12.], dtype=float32)
+    """
+    if not _is_plain(images, options):
+        return lax.conv_general_dilated(images, kernel, strides, padding, **options)
+    image, window = images.shape[1:3], kernel.shape[:2]
+    pads = lax.padtype_to_pads(image, window, strides, padding) if isinstance(padding, str) else padding
+    steps = [(n + sum(pad) - k) // stride + 1 for n, k, stride, pad in zip(image, window, strides, pads, strict=True)]
+    smallest_map = min(math.prod(image), math.prod(steps))
+    if math.prod(window) == 1 or math.prod(window) >= smallest_map > 0:
+        numeric = {name: options[name] for name in _NUMERIC if name in options}
+        return _patch_product(images, kernel, strides, pads, steps, numeric)
+    return lax.conv_general_dilated(images, kernel, strides, pads, **options)
+
+
+Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
+"""`flax.linen.Conv` itself, with the same arguments, names, parameters and initial values, that calls `convolve`."""
+
+
+def _is_plain(images: jax.Array, options: dict[str, Any]) -> bool:
+    """Whether this is an ordinary two-dimensional NHWC convolution: no dilation, no groups, no batch of kernels."""
+    if images.ndim != 4 or not options.keys() <= {*_NUMERIC, *_GEOMETRIC}:
+        return False
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    groups = options.get("feature_group_count", 1) * options.get("batch_group_count", 1)
+    layout = lax.conv_dimension_numbers(images.shape, images.shape, options.get("dimension_numbers"))
+    return set(dilations) <= {1} and groups == 1 and layout == _NHWC
+
+
+_NUMERIC = ("precision", "preferred_element_type")
+_GEOMETRIC = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count", "batch_group_count")
+_NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
+
+
+def _patch_product(
+    images: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads, steps: list[int], numeric: dict[str, Any]
+) -> jax.Array:
+    """Convolve as the product of patches (batch, steps, steps, taps, channels in) with the kernel's taps."""
+    no_pad = (0, 0, 0)
+    zero = jnp.zeros((), images.dtype)
+    padded = lax.pad(images, zero, (no_pad, *((low, high, 0) for low, high in pads), no_pad))
+    batch, _, _, channels = images.shape
+    (rows, columns), (down, right) = steps, strides
+    # The taps get an axis of their own instead of being merged with the channels: only axes of fixed size are
+    # reshaped, and the channel axis is contracted as it is. So the widening analysis has nothing to untangle.
+    patches = jnp.stack(
+        [
+            lax.slice(
+                padded,
+                (0, y, x, 0),
+                (batch, y + (rows - 1) * down + 1, x + (columns - 1) * right + 1, channels),
+                (1, down, right, 1),
+            )
+            for y in range(kernel.shape[0])
+            for x in range(kernel.shape[1])
+        ],
+        axis=3,
+    )
+    taps = kernel.reshape(-1, *kernel.shape[2:])
+    return lax.dot_general(patches, taps, (((3, 4), (0, 1)), ((), ())), **numeric)

@@ -1,0 +1,122 @@
+"""Programs: tracing a function to a jaxpr, and every JAX name below the documented surface that the engine needs.
+
+The rest of the package sees jaxprs through the small protocols of this file. Should a later JAX move something, this is
+the file to mend, and `trace` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from pae_jax.errors import PaeError
+
+try:
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+except ImportError as error:  # pragma: no cover
+    raise ImportError(
+        f"pae_jax.widening reads jaxprs through jax.extend.core, which jax {jax.__version__} does not offer as it did "
+        "in 0.10 and 0.11; install one of these versions"
+    ) from error
+
+
+class Aval(Protocol):
+    """Shape and dtype of a variable."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+class Equation(Protocol):
+    """One operation of a program."""
+
+    @property
+    def primitive(self) -> Any: ...
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+    @property
+    def invars(self) -> list[Any]: ...
+    @property
+    def outvars(self) -> list[Any]: ...
+    @property
+    def source_info(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A jaxpr with its constants: operations over variables, nothing else."""
+
+    constvars: tuple[Any, ...]
+    consts: tuple[Any, ...]
+    invars: tuple[Any, ...]
+    outvars: tuple[Any, ...]
+    equations: tuple[Equation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function of (variables, *sample).
+
+    Attributes:
+      body: its operations; inputs are the flattened arguments.
+      outputs: pytree of `ShapeDtypeStruct`, as the function returns it.
+    """
+
+    body: Body
+    outputs: Any
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> Program:
+    """Trace `fn` on concrete or abstract arguments; nothing is computed or compiled."""
+    closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*args)
+    if not isinstance(closed, ClosedJaxpr):  # pragma: no cover
+        raise PaeError(f"jax.make_jaxpr of jax {jax.__version__} returned {type(closed)}; expected a ClosedJaxpr")
+    return Program(body(closed), outputs)
+
+
+def body(jaxpr: Any) -> Body:
+    """The `Body` of a closed or open jaxpr."""
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    consts = tuple(jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else ()
+    return Body(tuple(inner.constvars), consts, tuple(inner.invars), tuple(inner.outvars), tuple(inner.eqns))
+
+
+def bodies(params: Mapping[str, Any]) -> Iterator[tuple[str, Body]]:
+    """Every jaxpr among the parameters of an operation."""
+    for name, value in params.items():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr | Jaxpr):
+                yield name, body(item)
+
+
+def text(value: Any) -> str | None:
+    """A jaxpr and its constants as text, to compare two of them; None for anything else."""
+    if isinstance(value, ClosedJaxpr):
+        return f"{value.jaxpr} {[np.asarray(const).tolist() for const in value.consts]}"
+    return str(value) if isinstance(value, Jaxpr) else None
+
+
+def literal(var: Any) -> np.ndarray | None:
+    """The value of a literal operand; None for a variable."""
+    return np.asarray(var.val) if isinstance(var, Literal) else None
+
+
+def layer(equation: Equation) -> str:
+    """Name scopes around an operation, "Block_0/Conv_1"; Flax sets one per module."""
+    return str(getattr(equation.source_info, "name_stack", ""))
+
+
+def source(equation: Equation) -> str:
+    """The innermost call outside of JAX and Flax as "file.py:line", or "" where the trace does not say."""
+    frames = getattr(getattr(equation.source_info, "traceback", None), "frames", ())
+    for frame in frames:
+        path = frame.file_name.replace("\\", "/")
+        if not any(part in path for part in ("/jax/", "/flax/", "/pae_jax/widening/", "importlib", "<")):
+            return f"{path.rsplit('/', 1)[-1]}:{frame.line_num}"
+    return ""

@@ -1,0 +1,51 @@
+"""Pytrees by key path, and their outline as plain nested tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+Skeleton = tuple[Any, ...]
+
+
+def path_name(path: Any) -> str:
+    """A key path as "params/Conv_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in flattening order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def skeleton(tree: Any) -> Skeleton:
+    """Outline of a tree of tuples, lists and dicts; nodes of other types count as dicts of their children's names."""
+    return _skeleton(tree, iter(range(len(jax.tree.leaves(tree)))))
+
+
+def _skeleton(tree: Any, numbers: Any) -> Skeleton:
+    if tree is None:
+        return ("none",)
+    if jax.tree_util.all_leaves([tree]):
+        return ("leaf", next(numbers))
+    children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    parts = [_skeleton(child, numbers) for _, child in children]
+    if type(tree) in (tuple, list):
+        return (type(tree).__name__, *parts)
+    return ("dict", *((path_name(path), part) for (path, _), part in zip(children, parts, strict=True)))
+
+
+def rebuild(outline: Skeleton, leaves: Sequence[Any]) -> Any:
+    """The tree of this outline with the given leaves."""
+    kind, *parts = outline
+    match kind:
+        case "none":
+            return None
+        case "leaf":
+            return leaves[parts[0]]
+        case "dict":
+            return {name: rebuild(part, leaves) for name, part in parts}
+        case _:
+            return (tuple if kind == "tuple" else list)(rebuild(part, leaves) for part in parts)

@@ -1,0 +1,136 @@
+"""The walk: both programs read in lockstep, operation by operation.
+
+A variable of the narrow program and its counterpart of the wide one share one `Value`; an operand that is another value
+in the other program means that the two are wired differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pae_jax.errors import StructureError
+from pae_jax.widening import programs
+from pae_jax.widening.constants import constant
+from pae_jax.widening.registry import RULES
+from pae_jax.widening.rules import unknown_primitive
+from pae_jax.widening.steps import Step
+from pae_jax.widening.values import Value
+
+# Never part of what an operation computes.
+_IGNORED = frozenset({"out_sharding", "sharding", "name", "weak_type"})
+
+
+def walk(
+    narrow: programs.Body,
+    wide: programs.Body,
+    arguments: Sequence[Value],
+    blame: set[str],
+    caller: Step | None = None,
+) -> list[Value]:
+    """Carry the knowledge about the arguments through two programs of one architecture.
+
+    Args:
+      narrow, wide: the two programs.
+      arguments: one value per input.
+      blame: filled with the leaves whose new entries would have to be 0 for a refused place to be preserved.
+      caller: the operation that holds the two programs; None for the outermost ones.
+    Returns: one value per output.
+    Raises:
+      StructureError: the programs differ.
+    """
+    scope = caller.scope if caller else ""
+    known: tuple[dict[Any, Value], dict[Any, Value]] = ({}, {})
+    if len(narrow.constvars) != len(wide.constvars):
+        raise StructureError("wide program", scope, f"{len(wide.constvars)} constants", len(narrow.constvars))
+    for n_var, w_var, n_const, w_const in zip(
+        narrow.constvars, wide.constvars, narrow.consts, wide.consts, strict=True
+    ):
+        known[0][n_var] = known[1][w_var] = constant(n_const, w_const, scope)
+    for n_var, w_var, value in zip(narrow.invars, wide.invars, arguments, strict=True):
+        known[0][n_var] = known[1][w_var] = value
+
+    def read(step_scope: str, n_var: Any, w_var: Any) -> Value:
+        n_literal, w_literal = programs.literal(n_var), programs.literal(w_var)
+        if n_literal is not None and w_literal is not None:
+            return constant(n_literal, w_literal, step_scope)
+        if n_literal is None and w_literal is None and known[0][n_var] is known[1][w_var]:
+            return known[0][n_var]
+        raise StructureError(
+            "wide program", step_scope, "an operand from another place", "the operand of the narrow program",
+            "The two functions must be one architecture at two widths.",
+        )  # fmt: skip
+
+    def descend(step: Step, n_body: programs.Body, w_body: programs.Body, values: Sequence[Value]) -> list[Value]:
+        return walk(n_body, w_body, values, blame, step)
+
+    for n_eqn, w_eqn in zip(narrow.equations, wide.equations, strict=False):
+        place = "/".join(part for part in (scope, programs.layer(n_eqn)) if part)
+        source = _source(n_eqn, caller)
+        _same_operation(n_eqn, w_eqn, place, source)
+        operands = [read(place, n, w) for n, w in zip(n_eqn.invars, w_eqn.invars, strict=True)]
+        step = Step(n_eqn.primitive.name, n_eqn, w_eqn, place, source, operands, blame, descend)
+        for n_var, w_var, value in zip(n_eqn.outvars, w_eqn.outvars, _results(step), strict=True):
+            known[0][n_var] = known[1][w_var] = value
+    if len(narrow.equations) != len(wide.equations):
+        raise StructureError(
+            "wide program", scope, f"{len(wide.equations)} operations", len(narrow.equations),
+            "Is it another architecture, or one with more layers?",
+        )  # fmt: skip
+    return [read(scope, n, w) for n, w in zip(narrow.outvars, wide.outvars, strict=True)]
+
+
+def _source(equation: programs.Equation, caller: Step | None) -> str:
+    """Where the user's code calls the operation.
+
+    The body of a jitted function is traced once and then shared, so its own source may be that of another call.
+    """
+    if caller and caller.primitive in ("jit", "pjit") and caller.source:
+        return caller.source
+    return programs.source(equation) or (caller.source if caller else "")
+
+
+def _same_operation(narrow: programs.Equation, wide: programs.Equation, place: str, source: str) -> None:
+    found, expected = wide.primitive.name, narrow.primitive.name
+    arity = [(len(e.invars), len(e.outvars)) for e in (wide, narrow)]
+    if found != expected or arity[0] != arity[1]:
+        raise StructureError(
+            f"wide program{f' at {source}' if source else ''}", place, f"operation {found}", expected,
+            "The two functions must be one architecture at two widths.",
+        )  # fmt: skip
+
+
+def _results(step: Step) -> Sequence[Value]:
+    rule = RULES.get(step.primitive)
+    if rule is None:
+        return unknown_primitive(step, differing(step.narrow.params, step.wide.params))
+    for name in differing(step.narrow.params, step.wide.params):
+        if name not in rule.may_differ:
+            raise step.mismatch(f"{name}={step.wide.params[name]}", f"{name}={step.narrow.params.get(name)}")
+    for index in range(len(step.narrow.outvars)):
+        narrow, wide = step.narrow.outvars[index].aval, step.wide.outvars[index].aval
+        if len(getattr(narrow, "shape", ())) != len(getattr(wide, "shape", ())):
+            raise step.mismatch(f"shape {wide.shape}", f"the rank of {narrow.shape}")
+        if getattr(narrow, "dtype", None) != getattr(wide, "dtype", None):
+            raise step.mismatch(f"dtype {wide.dtype}", narrow.dtype)
+    results = rule.fn(step, step.operands)
+    # What a rule refuses after it made its first result marks that one too.
+    return [dataclasses.replace(r, reasons=r.reasons | step.reasons) if step.reasons else r for r in results]
+
+
+def differing(narrow: Mapping[str, Any], wide: Mapping[str, Any]) -> list[str]:
+    """Names of parameters that are not equal."""
+    return [name for name in wide if name not in _IGNORED and not _equal(narrow.get(name), wide[name])]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if (text := programs.text(a)) is not None:
+        return text == programs.text(b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b)
+    return bool(a == b) or (a != a and b != b)  # a NaN fill value equals itself
