@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pae_jax as pae
-from pae_jax.data import orl
+from pae_jax import data
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
 
@@ -44,7 +44,7 @@ def write(
     report: Any,
     matrix: pae.metrics.AccuracyMatrix,
     stages: list[dict[str, Any]],
-    groups: list[orl.FaceGroup],
+    groups: list[data.FaceGroup],
     predictions: list[Any],
 ) -> Path:
     """Write pictures, numbers and an HTML page that shows them; return the page."""
@@ -91,7 +91,7 @@ def _pruning(stages: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _faces(groups: list[orl.FaceGroup], predictions: list[Any]) -> Figure:
+def _faces(groups: list[data.FaceGroup], predictions: list[Any]) -> Figure:
     """Show the first test image of every person, framed by whether the network knows them."""
     people = len(groups[0].people)
     figure = Figure(figsize=(1.6 * people, 2.0 * len(groups)), layout="constrained")

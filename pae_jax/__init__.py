@@ -4,6 +4,7 @@ The loop of Packing and Expanding (Hung et al., ICMR 2019): train a task, prune 
 it, give the freed weights to the next task, which may use all older weights but change none.
 """
 
+from pae_jax import data as data
 from pae_jax import metrics as metrics
 from pae_jax import models as models
 from pae_jax.adapters.linen import linen as linen

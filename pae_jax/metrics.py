@@ -108,10 +108,10 @@ class AccuracyMatrix:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the matrix; needs the `plot` extra."""
-        from matplotlib.figure import Figure
+        from pae_jax.plotting import Picture
 
         size = 1.6 + 0.55 * len(self.tasks)
-        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        figure = Picture(size + 0.8, size)
         axes = figure.subplots()
         image = axes.imshow(self._values, vmin=0.0, vmax=1.0, cmap="viridis")
         for (i, j), value in np.ndenumerate(self._values):

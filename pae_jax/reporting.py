@@ -44,12 +44,13 @@ class Report:
     def plot(self) -> Any:
         """Return a matplotlib figure: per layer the share of each owner; needs the `plot` extra."""
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
+
+        from pae_jax.plotting import Picture
 
         labels = [row["task"] for row in self.rows]
         counts = np.stack([np.roll(leaf, -1) for leaf in self.leaves.values()])  # free weights last, as in rows
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        figure = Figure(figsize=(8, 1.6 + 0.28 * len(self.leaves)), layout="constrained")
+        figure = Picture(8, 1.6 + 0.28 * len(self.leaves))
         axes = figure.subplots()
         left = np.zeros(len(self.leaves))
         colours = [*colormaps["turbo"](np.linspace(0.08, 0.92, max(len(labels) - 1, 1)))[: len(labels) - 1], "0.9"]
