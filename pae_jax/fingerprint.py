@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -26,8 +27,8 @@ def fingerprint(value: Any) -> Hashable:
 
     `optax.adam(1e-3)` called twice gives two tuples of closures that compare unequal, and a compiled function keyed
     by them would be compiled twice. Here a function is its code, what it closes over, its defaults and the very
-    objects its global names stand for; a container is its items; a number is itself. Anything else, an array for one,
-    equals only itself, which costs a compilation but is never wrong.
+    objects its global names stand for; a container or dataclass is its items; a number is itself. Anything else, an
+    array for one, equals only itself, which costs a compilation but is never wrong.
     """
     return _fingerprint(value, ())
 
@@ -49,6 +50,8 @@ def _fingerprint(value: Any, above: tuple[int, ...]) -> Hashable:
         return (partial, _fingerprint((value.func, value.args, value.keywords), above))
     if isinstance(value, (tuple, list)):
         return (type(value), tuple(_fingerprint(item, above) for item in value))
+    if is_dataclass(value) and not isinstance(value, type):  # Linen modules among them
+        return (type(value), tuple(_fingerprint(getattr(value, field.name), above) for field in fields(value)))
     if isinstance(value, dict):
         return (dict, tuple((_fingerprint(k, above), _fingerprint(v, above)) for k, v in value.items()))
     return Same(value)

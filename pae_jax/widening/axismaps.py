@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+
+from pae_jax.widening.programs import is_traced
 
 _FEW_RUNS = 16  # up to this many runs are sliced and joined; more are gathered by index
 
@@ -162,7 +163,7 @@ def _on_host(array: Any) -> bool:
     """Whether NumPy can move the entries at once; JAX, for tracers and other devices, compiles per shape."""
     if isinstance(array, np.ndarray):
         return True
-    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
+    if is_traced(array) or not isinstance(array, jax.Array):
         return False
     return all(device.platform == "cpu" for device in array.devices()) and len(array.devices()) == 1
 

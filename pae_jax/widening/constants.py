@@ -22,24 +22,33 @@ _REMEDY = (
 )
 
 
-def constant(narrow: Any, wide: Any, scope: str) -> Value:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a constant is used: layer, operation and "file.py:line", for messages."""
+
+    where: str
+    primitive: str = "constant"
+    source: str = ""
+
+
+def constant(narrow: Any, wide: Any, place: Place) -> Value:
     """What is known about a constant that is `narrow` in one program and `wide` in the other."""
     if getattr(narrow, "shape", ()) == () == getattr(wide, "shape", ()) and not _is_key(narrow):
-        return _scalar(np.asarray(narrow), np.asarray(wide), scope)
+        return _scalar(np.asarray(narrow), np.asarray(wide), place)
     if narrow.ndim != wide.ndim or any(a > b for a, b in zip(narrow.shape, wide.shape, strict=True)):
         raise StructureError(
-            "wide program", scope, f"a constant of shape {wide.shape}", f"one that holds {narrow.shape}",
+            "wide program", place.where, f"a constant of shape {wide.shape}", f"one that holds {narrow.shape}",
             "A network can only grow.",
         )  # fmt: skip
     if _is_key(narrow) and narrow.shape == wide.shape:
         same = np.array_equal(jax.random.key_data(narrow), jax.random.key_data(wide))
         value = unchanged(narrow.shape)
-        return value if same else _differs(value, scope, "a random key has other bits")
+        return value if same else _differs(value, place, "a random key has other bits")
     n, w = np.asarray(narrow), np.asarray(wide)
     if n.shape == w.shape:
         value = unchanged(n.shape, old=hull((_range(n), _range(w))), content=_content(n, w))
         same = np.array_equal(n, w, equal_nan=n.dtype.kind in "fc")
-        return value if same else _differs(value, scope, f"a constant array of shape {n.shape} has other entries")
+        return value if same else _differs(value, place, f"a constant array of shape {n.shape} has other entries")
     if n.size and np.all(n == n.flat[0]) and np.all(w == n.flat[0]):
         axes = tuple(copies(a, b) for a, b in zip(n.shape, w.shape, strict=True))
         return Value(axes, _range(n), _range(n), content=_content(n, w))
@@ -49,18 +58,23 @@ def constant(narrow: Any, wide: Any, scope: str) -> Value:
         return Value(axes, _range(n), _range(w), content=_content(n, w))
     axes = tuple(opened(a, b) for a, b in zip(n.shape, w.shape, strict=True))
     problem = f"a constant array of shape {n.shape} becomes another one of shape {w.shape}"
-    return _differs(Value(axes, content=_content(n, w)), scope, problem)
+    return _differs(Value(axes, content=_content(n, w)), place, problem)
 
 
-def _scalar(n: np.ndarray, w: np.ndarray, scope: str) -> Value:
+def _scalar(n: np.ndarray, w: np.ndarray, place: Place) -> Value:
     value = unchanged((), old=hull((_range(n), _range(w))), content=_content(n, w))
     if n == w or (n != n and w != w):
         return value
-    return _differs(value, scope, f"the constant {n} becomes {w} when the network is widened, so old results change")
+    problem = (
+        f"the constant {n} becomes {w} when the network is widened (typically a mean over a growing axis, or a scale "
+        "by its size), so old results change"
+    )
+    return _differs(value, place, problem)
 
 
-def _differs(value: Value, scope: str, problem: str) -> Value:
-    return dataclasses.replace(value, reasons=frozenset({Reason(scope, "constant", "", problem, _REMEDY, "")}))
+def _differs(value: Value, place: Place, problem: str) -> Value:
+    reason = Reason(place.where, place.primitive, "", problem, _REMEDY, place.source)
+    return dataclasses.replace(value, reasons=frozenset({reason}))
 
 
 def _range(array: np.ndarray) -> Range:

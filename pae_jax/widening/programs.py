@@ -16,11 +16,12 @@ import numpy as np
 from pae_jax.errors import PaeError
 
 try:
+    from jax.core import Tracer
     from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        f"pae_jax.widening reads jaxprs through jax.extend.core, which jax {jax.__version__} does not offer as it did "
-        "in 0.10 and 0.11; install one of these versions"
+        f"pae_jax.widening reads jaxprs through jax.core and jax.extend.core, which jax {jax.__version__} does not "
+        "offer as 0.10 and 0.11 do; install one of these versions"
     ) from error
 
 
@@ -100,6 +101,11 @@ def text(value: Any) -> str | None:
     if isinstance(value, ClosedJaxpr):
         return f"{value.jaxpr} {[np.asarray(const).tolist() for const in value.consts]}"
     return str(value) if isinstance(value, Jaxpr) else None
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for an array of a program that is being traced, such as inside `jax.jit`."""
+    return isinstance(value, Tracer)
 
 
 def literal(var: Any) -> np.ndarray | None:

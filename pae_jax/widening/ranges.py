@@ -59,7 +59,7 @@ def span(lo: float, hi: float, *sources: Range) -> Range:
     leaves = NO_LEAVES.union(*(source.leaves for source in sources))
     if math.isnan(lo) or math.isnan(hi):
         return Range(-math.inf, math.inf, finite, leaves)
-    return Range(lo, hi, finite, leaves)
+    return Range(float(lo), float(hi), finite, leaves)
 
 
 def hull(ranges: Iterable[Range]) -> Range:

@@ -13,8 +13,8 @@ class WidenReport:
 
     Attributes:
       reasons: one per place where it does not; empty if it does.
-      zero_leaves: paths of local leaves (biases, norm scales, ...) whose new entries must be 0, where others may hold any
-        finite number that is not negative; empty for most networks, and without meaning if there are reasons.
+      zero_leaves: paths of local leaves (biases, norm scales, ...) whose new entries must be 0; those of others may be
+        any finite numbers that are not negative. Empty for most networks, and without meaning if there are reasons.
     """
 
     reasons: tuple[Reason, ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 
 from pae_jax.errors import StructureError
 from pae_jax.widening import programs
-from pae_jax.widening.constants import constant
+from pae_jax.widening.constants import Place, constant
 from pae_jax.widening.registry import RULES
 from pae_jax.widening.rules import unknown_primitive
 from pae_jax.widening.steps import Step
@@ -49,18 +49,18 @@ def walk(
     for n_var, w_var, n_const, w_const in zip(
         narrow.constvars, wide.constvars, narrow.consts, wide.consts, strict=True
     ):
-        known[0][n_var] = known[1][w_var] = constant(n_const, w_const, scope)
+        known[0][n_var] = known[1][w_var] = constant(n_const, w_const, Place(scope))
     for n_var, w_var, value in zip(narrow.invars, wide.invars, arguments, strict=True):
         known[0][n_var] = known[1][w_var] = value
 
-    def read(step_scope: str, n_var: Any, w_var: Any) -> Value:
+    def read(place: Place, n_var: Any, w_var: Any) -> Value:
         n_literal, w_literal = programs.literal(n_var), programs.literal(w_var)
         if n_literal is not None and w_literal is not None:
-            return constant(n_literal, w_literal, step_scope)
+            return constant(n_literal, w_literal, place)
         if n_literal is None and w_literal is None and known[0][n_var] is known[1][w_var]:
             return known[0][n_var]
         raise StructureError(
-            "wide program", step_scope, "an operand from another place", "the operand of the narrow program",
+            "wide program", place.where, "an operand from another place", "the operand of the narrow program",
             "The two functions must be one architecture at two widths.",
         )  # fmt: skip
 
@@ -71,7 +71,8 @@ def walk(
         place = "/".join(part for part in (scope, programs.layer(n_eqn)) if part)
         source = _source(n_eqn, caller)
         _same_operation(n_eqn, w_eqn, place, source)
-        operands = [read(place, n, w) for n, w in zip(n_eqn.invars, w_eqn.invars, strict=True)]
+        use = Place(place, n_eqn.primitive.name, source)
+        operands = [read(use, n, w) for n, w in zip(n_eqn.invars, w_eqn.invars, strict=True)]
         step = Step(n_eqn.primitive.name, n_eqn, w_eqn, place, source, operands, blame, descend)
         for n_var, w_var, value in zip(n_eqn.outvars, w_eqn.outvars, _results(step), strict=True):
             known[0][n_var] = known[1][w_var] = value
@@ -80,7 +81,7 @@ def walk(
             "wide program", scope, f"{len(wide.equations)} operations", len(narrow.equations),
             "Is it another architecture, or one with more layers?",
         )  # fmt: skip
-    return [read(scope, n, w) for n, w in zip(narrow.outvars, wide.outvars, strict=True)]
+    return [read(Place(scope), n, w) for n, w in zip(narrow.outvars, wide.outvars, strict=True)]
 
 
 def _source(equation: programs.Equation, caller: Step | None) -> str:

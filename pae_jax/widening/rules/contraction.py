@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pae_jax.widening.ranges import ZERO, Range, hull, multiply, total, unknown
 from pae_jax.widening.registry import rule
+from pae_jax.widening.rules.unknown import unknown_primitive
 from pae_jax.widening.steps import Step
 from pae_jax.widening.terms import Copies, Same, Term, copies, factors, grows, product, resolve
 from pae_jax.widening.values import Value, subsets
@@ -53,6 +54,8 @@ def dot_general(step: Step, operands: Sequence[Value]) -> list[Value]:
 def conv_general_dilated(step: Step, operands: Sequence[Value]) -> list[Value]:
     """Features are (groups, features of a group); both sides share the groups and contract over the rest."""
     left, kernel = operands
+    if step.params["batch_group_count"] != 1:
+        return unknown_primitive(step, ())
     spec = step.params["dimension_numbers"]
     (batch, feature, *space), (out, inner, *window) = spec.lhs_spec, spec.rhs_spec
     narrow, wide = step.shapes(0)
@@ -65,8 +68,6 @@ def conv_general_dilated(step: Step, operands: Sequence[Value]) -> list[Value]:
         raise step.mismatch(f"padding={step.wide.params['padding']}", f"padding={step.narrow.params['padding']}")
     if any(left.axes[i].n != left.axes[i].w for i in space):
         step.refuse("the convolution runs over a growing axis", "convolve over axes of fixed size (space, time) only")
-    if step.params["batch_group_count"] != 1:
-        step.refuse("batch_group_count is not 1", "use feature groups")
     groups = [p["feature_group_count"] for p in (step.narrow.params, step.wide.params)]
     in_axes = _grouped(step, left.axes[feature], (groups[0], groups[1]))
     out_axes = _grouped(step, kernel.axes[out], (groups[0], groups[1]))
