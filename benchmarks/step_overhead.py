@@ -77,7 +77,8 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, float
     parts = jax.tree.map(jnp.copy, (state.shared, entry.local, entry.head))
     opt_state = training.optimizer_init(net, tx)(*parts, state.owner, task_id)
     zero = jnp.zeros((), jnp.int32)
-    carry = training.Carry(*parts, opt_state, zero, zero - 1, jnp.zeros(()))
+    shared, local, head_variables = parts
+    carry = training.Carry(shared, local, head_variables, opt_state, zero, zero - 1, jnp.zeros(()))
     packed = training.train_step(net, entry, tx, training.softmax_cross_entropy)
 
     variables = jax.tree.map(jnp.copy, trees.merge(state.shared, entry.local))

@@ -74,7 +74,8 @@ def write(
 
 def _pruning(stages: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    for axes, stage in zip(figure.subplots(2, 4, sharex=True, sharey=True).ravel(), stages, strict=True):
+    grid = figure.subplots(2, 4, sharex=True, sharey=True)
+    for axes, stage in zip(grid.ravel(), stages, strict=True):
         pruned = [point["pruned"] for point in stage["curve"]]
         for part, style in (("val", "o-"), ("test", "s--")):
             axes.plot(pruned, [point[part] for point in stage["curve"]], style, label=part, markersize=4)
@@ -85,7 +86,7 @@ def _pruning(stages: list[dict[str, Any]]) -> Figure:
         axes.set(ylim=(0.45, 1.03))
         axes.set_title(stage["group"], fontsize=9)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    grid[-1, -1].legend(fontsize=8)
     figure.supxlabel("pruned fraction of the weights available to the group")
     figure.supylabel("accuracy (grey, right: validation loss)")
     return figure

@@ -151,12 +151,11 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
 
 
 def _zero_leaves(local: Tree, maps: WidenMaps) -> Tree:
-    """Put 0 in the leaves whose new entries the analysis needs at 0."""
-    zero = set(maps.report.zero_leaves)
+    """Put 0 in the leaves whose new entries the analysis needs at 0: weights, and those it names."""
 
     def leaf(path: Any, value: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jnp.zeros_like(value) if name in zero else value
+        return jnp.zeros_like(value) if value.ndim >= 2 or name in maps.zero_leaves else value
 
     return jax.tree_util.tree_map_with_path(leaf, local)
 

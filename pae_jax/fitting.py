@@ -115,6 +115,11 @@ def fit(
     objective = loss or softmax_cross_entropy
     _, logits = heads.layout(net, entry.head_spec, entry.width)
     batches = feed(net, train, logits, batch_size, class_labels=loss is None)
+    if pruning and batches.steps is not None and pruning.end > batches.steps * epochs:
+        raise ArgumentError(
+            f"pruning ends at step {pruning.end}, but {epochs} epochs of {batches.steps} steps are only "
+            f"{batches.steps * epochs}; its final fraction would not be reached. Lower `end` or train longer."
+        )
     val_feed = None if val is None else feed(net, val, logits, EVAL_BATCH, class_labels=loss is None)
     return _Fit(net, state, task, entry, tx, objective, pruning, as_key(key)).run(
         batches, val_feed, int(epochs), keep, opt_state, progress

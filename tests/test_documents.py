@@ -1,4 +1,4 @@
-"""What the documents show must run: README blocks in order, and the code cells of every notebook."""
+"""What the documents show must run: the Python blocks of each document in order, and the cells of every notebook."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def run_blocks(blocks, name):
@@ -21,11 +22,12 @@ def code_cells(path):
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_python_block_of_a_document_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     assert blocks
-    run_blocks(blocks, "README")
+    run_blocks(blocks, path.stem)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

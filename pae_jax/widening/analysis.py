@@ -15,7 +15,6 @@ from pae_jax.widening import programs
 from pae_jax.widening.axismaps import ArrayMap, AxisMap
 from pae_jax.widening.maps import WidenMaps
 from pae_jax.widening.ranges import NOT_NEGATIVE, UNKNOWN, ZERO, Range
-from pae_jax.widening.report import WidenReport
 from pae_jax.widening.terms import Clash, Term, given, index_map, opened
 from pae_jax.widening.trees import leaf_paths, skeleton
 from pae_jax.widening.values import Reason, Value, unchanged
@@ -43,7 +42,7 @@ def widen_maps(
       "params": of those in it), and of every integer or boolean leaf (owners, masks),
     - new entries of the local leaves, which are all others (biases, norm scales, offsets and statistics), are finite
       and not negative, as zeros are and the usual fresh values 0 and 1, except that new entries of
-      `report.zero_leaves` are 0,
+      `maps.zero_leaves` are 0,
     - the narrow function's own intermediate numbers are finite, and nothing overflows.
 
     Args:
@@ -100,10 +99,8 @@ def widen_maps(
         leaves=tuple((path, _array_map(axes)) for path, axes in terms.items()),
         output_maps=tuple(_array_map(value.axes) for value in outputs),
         output_skeleton=shape,
-        report=WidenReport(
-            reasons=tuple(sorted(reasons, key=lambda r: (r.where, r.primitive, r.problem, r.leaf, r.source))),
-            zero_leaves=tuple(sorted(zero)) if not reasons else (),
-        ),
+        reasons=tuple(sorted(reasons, key=lambda r: (r.where, r.primitive, r.problem, r.leaf, r.source))),
+        zero_leaves=tuple(sorted(zero)) if not reasons else (),
     )
 
 

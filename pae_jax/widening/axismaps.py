@@ -136,6 +136,8 @@ class ArrayMap:
             out = np.zeros(self.wide, array.dtype) if into is None else np.array(into)
             out[self._places] = np.asarray(array)
             return _like(out, array)
+        if 0 in self.narrow:
+            return jnp.zeros(self.wide, array.dtype) if into is None else into
         array = jnp.asarray(array)
         if all(axis.is_identity or len(axis.runs) == 1 for axis in self.axes):
             starts = [0 if axis.is_identity else axis.runs[0][0] for axis in self.axes]

@@ -29,7 +29,8 @@ class WidenMaps:
       leaves: pairs (leaf path, its map), in the order of the variables.
       output_maps: maps of the function's outputs, flattened.
       output_skeleton: outline of its output tree.
-      report: what is not preserved, and why.
+      reasons: why the function is not preserved, one per place; empty if it is.
+      zero_leaves: leaves whose new entries must be 0, see `WidenReport`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,11 +49,16 @@ class WidenMaps:
     leaves: tuple[tuple[str, ArrayMap], ...]
     output_maps: tuple[ArrayMap, ...]
     output_skeleton: Skeleton
-    report: WidenReport
+    reasons: tuple[Reason, ...] = ()
+    zero_leaves: tuple[str, ...] = ()
 
     @functools.cached_property
     def _by_path(self) -> Mapping[str, ArrayMap]:
         return dict(self.leaves)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.leaves, self.output_maps, self.output_skeleton, self.reasons, self.zero_leaves))
 
     def __getitem__(self, path: str) -> ArrayMap:
         """The map of one leaf, by its path."""
@@ -63,12 +69,12 @@ class WidenMaps:
     @property
     def preserved(self) -> bool:
         """Whether the wide function with the narrow weights computes the narrow function."""
-        return self.report.preserved
+        return not self.reasons
 
-    @property
-    def reasons(self) -> tuple[Reason, ...]:
-        """Why not, one reason per place; empty if it is preserved."""
-        return self.report.reasons
+    @functools.cached_property
+    def report(self) -> WidenReport:
+        """All that is known, for a reader: `print(maps.report)`."""
+        return WidenReport(self.leaves, self.reasons, self.zero_leaves)
 
     @property
     def is_identity(self) -> bool:
@@ -131,38 +137,28 @@ class WidenMaps:
             leaves=tuple((path, leaf.then(other._by_path[path])) for path, leaf in self.leaves),
             output_maps=tuple(a.then(b) for a, b in zip(self.output_maps, other.output_maps, strict=True)),
             output_skeleton=self.output_skeleton,
-            report=WidenReport(
-                reasons=tuple(dict.fromkeys((*self.reasons, *other.reasons))),
-                zero_leaves=tuple(sorted({*self.report.zero_leaves, *other.report.zero_leaves})),
-            ),
+            reasons=tuple(dict.fromkeys((*self.reasons, *other.reasons))),
+            zero_leaves=tuple(sorted({*self.zero_leaves, *other.zero_leaves})),
         )
 
     def to_json(self) -> dict[str, Any]:
         """The maps as a JSON-able dict: runs in a table of distinct maps, leaves as numbers into it."""
-        return serial.encode(self.leaves, self.output_maps, self.output_skeleton, self.report)
+        return serial.encode(self.leaves, self.output_maps, self.output_skeleton, self.reasons, self.zero_leaves)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WidenMaps:
         """Maps as `to_json` wrote them; nothing is derived again."""
-        return cls(*serial.decode(data))
-
-    def summary(self) -> str:
-        """Every growing leaf with its axes, then what is not preserved and what to do about it."""
-        lines = [repr(self)]
-        lines += [f"  {path} {leaf}" for path, leaf in self.leaves if not leaf.is_identity]
-        lines += [f"  not preserved: {reason}" for reason in self.reasons]
-        if self.report.zero_leaves:
-            lines.append(f"  new entries must be 0: {', '.join(self.report.zero_leaves)}")
-        return "\n".join(lines)
+        return cls(**serial.decode(data))
 
     def __repr__(self) -> str:
-        growing = [leaf for _, leaf in self.leaves if not leaf.is_identity]
-        distinct = len({axis for leaf in growing for axis in leaf.axes if not axis.is_identity})
-        found = "preserved" if self.preserved else f"not preserved in {len(self.reasons)} place(s)"
-        return (
-            f"WidenMaps({_count(len(self.leaves), 'leaf', 'leaves')}, {len(growing)} "
-            f"{'grows' if len(growing) == 1 else 'grow'}; {_count(distinct, 'distinct map', 'distinct maps')}; {found})"
-        )
+        return f"WidenMaps({self.report.headline})"
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> Any:
+        # Without what is cached: hashes of strings differ from process to process.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def _move(self, path: Any, leaf: Any, side: str) -> ArrayMap:
         """The map of a leaf whose shape has been checked."""
@@ -174,7 +170,3 @@ class WidenMaps:
         if found != expected:
             raise StructureError(f"{side} tree", name, f"shape {found}", f"shape {expected}")
         return self._by_path[name]
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=RuleFn)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule and the parameters that may differ between the narrow and the wide operation.
+    """A rule and the parameters that may differ between the narrow and the wide operation ("*": all of them).
 
     Every other parameter must be equal in both, else the two programs are not one architecture.
     """

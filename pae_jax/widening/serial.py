@@ -15,7 +15,6 @@ from typing import Any
 
 from pae_jax.errors import CheckpointError
 from pae_jax.widening.axismaps import ArrayMap, AxisMap
-from pae_jax.widening.report import WidenReport
 from pae_jax.widening.trees import Skeleton
 from pae_jax.widening.values import Reason
 
@@ -24,7 +23,13 @@ FORMAT = 1
 Leaves = Sequence[tuple[str, ArrayMap]]
 
 
-def encode(leaves: Leaves, outputs: Sequence[ArrayMap], outline: Skeleton, report: WidenReport) -> dict[str, Any]:
+def encode(
+    leaves: Leaves,
+    outputs: Sequence[ArrayMap],
+    outline: Skeleton,
+    reasons: Sequence[Reason],
+    zero_leaves: Sequence[str],
+) -> dict[str, Any]:
     """The fields of a `WidenMaps` as a JSON-able dict."""
     table: dict[AxisMap, int] = {}
 
@@ -38,14 +43,12 @@ def encode(leaves: Leaves, outputs: Sequence[ArrayMap], outline: Skeleton, repor
         "maps": [[axis.wide, *([start, length] for start, length in axis.runs)] for axis in table],
         "leaves": coded,
         "outputs": {"maps": coded_outputs, "tree": _lists(outline)},
-        "reasons": [dataclasses.asdict(reason) for reason in report.reasons],
-        "zero_leaves": list(report.zero_leaves),
+        "reasons": [dataclasses.asdict(reason) for reason in reasons],
+        "zero_leaves": list(zero_leaves),
     }
 
 
-def decode(
-    data: Mapping[str, Any],
-) -> tuple[tuple[tuple[str, ArrayMap], ...], tuple[ArrayMap, ...], Skeleton, WidenReport]:
+def decode(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `WidenMaps`, as `encode` wrote them."""
     if data.get("format") != FORMAT:
         raise CheckpointError(f"widening maps of format {data.get('format')!r}; this version reads format {FORMAT}.")
@@ -54,12 +57,13 @@ def decode(
     def leaf(entries: Sequence[int | str]) -> ArrayMap:
         return ArrayMap(tuple(_unchanged(int(e)) if isinstance(e, str) else table[e] for e in entries))
 
-    return (
-        tuple((path, leaf(entries)) for path, entries in data["leaves"].items()),
-        tuple(leaf(entries) for entries in data["outputs"]["maps"]),
-        _tuples(data["outputs"]["tree"]),
-        WidenReport(tuple(Reason(**reason) for reason in data["reasons"]), tuple(data["zero_leaves"])),
-    )
+    return {
+        "leaves": tuple((path, leaf(entries)) for path, entries in data["leaves"].items()),
+        "output_maps": tuple(leaf(entries) for entries in data["outputs"]["maps"]),
+        "output_skeleton": _tuples(data["outputs"]["tree"]),
+        "reasons": tuple(Reason(**reason) for reason in data["reasons"]),
+        "zero_leaves": tuple(data["zero_leaves"]),
+    }
 
 
 def _unchanged(size: int) -> AxisMap:

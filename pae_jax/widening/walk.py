@@ -109,7 +109,7 @@ def _results(step: Step) -> Sequence[Value]:
     if rule is None:
         return unknown_primitive(step, differing(step.narrow.params, step.wide.params))
     for name in differing(step.narrow.params, step.wide.params):
-        if name not in rule.may_differ:
+        if not rule.may_differ & {name, "*"}:
             raise step.mismatch(f"{name}={step.wide.params[name]}", f"{name}={step.narrow.params.get(name)}")
     for index in range(len(step.narrow.outvars)):
         narrow, wide = step.narrow.outvars[index].aval, step.wide.outvars[index].aval
