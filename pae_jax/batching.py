@@ -143,6 +143,9 @@ def _array(leaf: Any) -> Any:
 def _require_finite(leaf: Any, place: str) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return
+    if leaf.dtype == np.float64:  # the network computes in float32 at most
+        with np.errstate(over="ignore"):
+            leaf = np.asarray(leaf, np.float32)
     module = jnp if isinstance(leaf, jax.Array) else np
     if bool(module.isfinite(leaf).all()):
         return
@@ -159,11 +162,12 @@ def _check_labels(y: Any, logits: Any, class_labels: bool, where: str) -> None:
         return
     if y.shape[1:] != logits.shape[1:-1]:
         if class_labels:
-            raise DataError(f"{where}: labels have shape {y.shape}, expected (batch, {logits.shape[1:-1]})")
+            wanted = "".join(f", {size}" for size in logits.shape[1:-1]) or ","
+            raise DataError(f"{where}: labels have shape {y.shape}, expected (batch{wanted})")
         return
     low, high, classes = int(y.min()), int(y.max()), logits.shape[-1]
     if low < 0 or high >= classes:
         raise DataError(
             f"{where}: labels lie in {low}..{high}, but the head has {classes} outputs, so 0..{classes - 1} is valid. "
-            "Renumber the labels or pack the task with a larger head."
+            "Renumber the labels, pack the task with a larger head, or pass targets that are no classes as floats."
         )

@@ -6,6 +6,7 @@ they mean is readable JSON in the file `_CHECKPOINT_METADATA`. Nothing is pickle
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
@@ -62,7 +65,7 @@ def save(path: str | Path, state: State, metadata: Mapping[str, Any] | None = No
     arrays = _arrays(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ocp.save(str(path), arrays, custom_metadata=_describe(state, arrays, extra))
+        ocp.save(str(path), arrays, custom_metadata=_sealed(_describe(state, arrays, extra)))
     except Exception as error:  # Orbax and TensorStore raise many types for a full or read-only disk
         raise CheckpointError(f"cannot write the stage {path}: {error}. Earlier stages are untouched.") from error
 
@@ -123,7 +126,8 @@ def load(net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None) 
     for name, leaf in flatten(arrays).items():
         if verification.array_digest(leaf) != info["arrays"][name]["sha256"]:
             raise CheckpointError(f"stage {path} is damaged: '{name}' is not what was saved. Use another stage.")
-    return _join(template, arrays)
+    # Orbax ties arrays to a device; compiled functions would compile again for such operands.
+    return _join(template, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), arrays))
 
 
 def _arrays(state: State) -> Tree:
@@ -186,6 +190,12 @@ def _describe(state: State, arrays: Tree, extra: dict[str, Any]) -> dict[str, An
     }
 
 
+def _sealed(info: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata with its own checksum, over its JSON with sorted keys."""
+    text = json.dumps(info, sort_keys=True)
+    return {**info, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def _read(path: Path) -> tuple[dict[str, Any], Tree]:
     """Return the JSON of a stage and the shapes and dtypes that Orbax stored."""
     if not path.is_dir():
@@ -199,11 +209,16 @@ def _read(path: Path) -> tuple[dict[str, Any], Tree]:
     info: Any = found.custom_metadata
     if not isinstance(info, dict) or info.get("format") != _FORMAT:
         raise CheckpointError(f"{path} was not written by pae_jax.save")
-    if info.get("schema_version", 0) > SCHEMA_VERSION:
+    schema = info.get("schema_version")
+    if not isinstance(schema, int):
+        raise CheckpointError(f"{path} is damaged: its schema version is {schema!r}")
+    if schema > SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has schema version {info['schema_version']}; this pae_jax {_own_version()} reads up to "
             f"{SCHEMA_VERSION}. Update pae_jax."
         )
+    if _sealed({key: value for key, value in info.items() if key != "sha256"}) != info:
+        raise CheckpointError(f"{path} is damaged: its metadata is not what was saved. Use another stage.")
     stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.metadata)
     listed = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in info["arrays"].items()}
     for name, leaf in flatten(stored).items():
@@ -219,12 +234,12 @@ def _template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
     layout = net.layout(info["width"])
     tasks = {}
     for entry in info["tasks"]:
-        spec = modules.get(entry["name"], entry["head"])
-        if heads.describe(spec) != entry["head"]:
-            raise StructureError(f"head of task {entry['name']!r}", "", heads.describe(spec), entry["head"])
-        if not isinstance(spec, int) and entry["name"] not in modules:
+        spec = modules.pop(entry["name"], entry["head"])
+        if isinstance(spec, str):
             name = repr(entry["name"])
             raise ArgumentError(f"task {name} has the head module {spec}; pass load(..., heads={{{name}: module}})")
+        if heads.describe(spec) != entry["head"]:
+            raise StructureError(f"head of task {entry['name']!r}", "", heads.describe(spec), entry["head"])
         variables, _ = heads.layout(net, spec, entry["width"])
         tasks[entry["name"]] = TaskState(
             local=net.layout(entry["width"]).local,
@@ -235,6 +250,8 @@ def _template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
             sharing=entry["sharing"],
             digests=None if entry["digests"] is None else tuple(entry["digests"].items()),
         )
+    if modules:
+        raise ArgumentError(f"heads names {sorted(modules)}, which the stage does not have")
     return State(
         shared=layout.shared,
         owner=jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, "int8"), layout.shared),

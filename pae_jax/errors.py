@@ -8,9 +8,20 @@ from typing import Any
 class PaeError(Exception):
     """Base of every error that pae_jax raises on purpose."""
 
+    def __reduce__(self) -> Any:
+        # Exceptions are rebuilt from their message alone, but ours are made from more than that.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         # KeyError would print the repr of its message, line breaks escaped.
         return str(self.args[0]) if self.args else ""
+
+
+def _rebuild(kind: type[PaeError], args: tuple[Any, ...], attributes: dict[str, Any]) -> PaeError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class ArgumentError(PaeError, ValueError):
@@ -20,13 +31,12 @@ class ArgumentError(PaeError, ValueError):
 class UnknownTaskError(PaeError, KeyError):
     """No task of this name is in the state."""
 
-    def __init__(self, name: object, known: list[str]):
+    def __init__(self, name: object, known: list[str], holder: str = "the state"):
         self.name = name
         self.known = known
         listing = ", ".join(repr(task) for task in known) or "none yet"
-        super().__init__(
-            f"unknown task {name!r}; the state has: {listing}. Add it with pae.pack(net, state, {name!r}, ...)."
-        )
+        hint = f" Add it with pae.pack(net, state, {name!r}, ...)." if holder == "the state" else ""
+        super().__init__(f"unknown task {name!r}; {holder} has: {listing}.{hint}")
 
 
 class PhaseError(PaeError, RuntimeError):
@@ -60,10 +70,10 @@ class DataError(PaeError, ValueError):
 
 
 class DivergedError(PaeError, ArithmeticError):
-    """Training met a loss or gradient that is not finite and stopped.
+    """Training met a loss or weights that are not finite and stopped.
 
     Attributes:
-      step: 0-based training step, counted from the start of this `fit`, whose loss or gradient was not finite.
+      step: 0-based training step, counted from the start of this `fit`, whose loss or result was not finite.
       state: the state after the last good step; nothing of the bad step is in it.
       history: the `History` up to that step.
     """
@@ -73,7 +83,8 @@ class DivergedError(PaeError, ArithmeticError):
         self.state = state
         self.history = history
         super().__init__(
-            f"task {task!r}: the loss or its gradient became NaN or infinite at step {step}; training stopped. "
+            f"task {task!r}: the loss, or the weights it led to, became NaN or infinite at step {step}; training "
+            "stopped. "
             "The state after the last good step is this error's `.state`. "
             "A smaller learning rate, gradient clipping or a look at the data of that step may help."
         )

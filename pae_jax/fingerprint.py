@@ -41,7 +41,7 @@ def _fingerprint(value: Any, above: tuple[int, ...]) -> Hashable:
         return ("above", above.index(id(value)))
     above = (*above, id(value))
     if isinstance(value, float):
-        return (float, value.hex())  # 0.0 == -0.0, and yet they differ
+        return (type(value), value.hex())  # 0.0 == -0.0, and yet they differ
     if value is None or isinstance(value, (bool, int, complex, str, bytes)):
         return (type(value), value)
     if isinstance(value, np.ndarray):

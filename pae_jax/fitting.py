@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pae_jax import heads, ownership, training
+from pae_jax import heads, ownership, training, verification
 from pae_jax.batching import Feed, feed, pad
-from pae_jax.errors import ArgumentError, DivergedError, StructureError
+from pae_jax.errors import ArgumentError, DataError, DivergedError, StructureError
 from pae_jax.network import Net, as_inputs, as_key, check_batch_size, check_inputs
 from pae_jax.pruning import CubicSchedule, Room, check_choice
 from pae_jax.state import State, TaskState, find, find_trainable
 from pae_jax.training import Carry, Loss, softmax_cross_entropy
-from pae_jax.trees import Tree, abstract, require_match
+from pae_jax.trees import Tree, abstract, flatten, require_match
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def fit(
         raise ArgumentError(f"epochs must be an integer of at least 0, found {epochs!r}")
     if keep == "best" and val is None:
         raise ArgumentError("keep='best' chooses by validation data; pass val=")
-    _require_own_net(net, state)
+    _require_own_net(net, state, entry)
     tx = _transformation(optimizer)
     objective = loss or softmax_cross_entropy
     _, logits = heads.layout(net, entry.head_spec, entry.width)
@@ -141,7 +142,7 @@ class _Fit:
         key: jax.Array,
     ):
         self.net, self.state, self.task, self.entry, self.loss = net, state, task, entry, loss
-        self.pruning = pruning
+        self.pruning, self.tx = pruning, tx
         self.owner = state.owner
         self.room = Room(state.owner, entry.id, pruning.scope) if pruning else None
         self.task_id = ownership.id_array(entry.id)
@@ -163,7 +164,8 @@ class _Fit:
                 for x, y in batches.epoch(epoch, self.shuffle_key):
                     carry = self.step(carry, self.owner, self.task_id, self.step_key, as_inputs(self.net, x), y)
                     steps += 1
-                    if self.pruning and self.pruning.updates_at(taken + steps):
+                    # A bad step ends the pruning too; asking costs a wait, so only where something is released.
+                    if self.pruning and self.pruning.updates_at(taken + steps) and int(carry.bad_step) < 0:
                         carry = self._release(carry, taken + steps)
                     bar.update()
                 taken += steps
@@ -179,6 +181,9 @@ class _Fit:
                 rows.append(row)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
                 carry = carry._replace(loss_sum=jnp.zeros((), jnp.float32))
+        # Tracing may rewrite a schedule's closure, optax.cosine_decay_schedule does; its new key leads here as well.
+        training.train_step(self.net, self.entry, self.tx, self.loss, known=self.step)
+        training.optimizer_init(self.net, self.tx, known=self.init_optimizer)
         if best is not None:
             return best.state, History(tuple(rows), best.epoch, carry.opt_state)
         return self._state(carry), History(tuple(rows), epochs, carry.opt_state)
@@ -209,7 +214,8 @@ class _Fit:
     def _better(self, best: _Snapshot | None, row: dict[str, float], carry: Carry, taken: int) -> _Snapshot | None:
         if self.pruning and taken < self.pruning.end:
             return best
-        score = (row.get("val_accuracy", 0.0), -row["val_loss"])
+        loss = row["val_loss"]
+        score = (row.get("val_accuracy", 0.0), -math.inf if math.isnan(loss) else -loss)
         if best is not None and score <= best.score:
             return best
         copy = carry._replace(**jax.tree.map(jnp.copy, {k: getattr(carry, k) for k in ("shared", "local", "head")}))
@@ -253,7 +259,7 @@ def evaluate(
       10
     """
     entry = find(state, task)
-    _require_own_net(net, state)
+    _require_own_net(net, state, entry)
     _, logits = heads.layout(net, entry.head_spec, entry.width)
     batches = feed(net, data, logits, batch_size, class_labels=loss is None)
     return _evaluate(net, state, task, batches, loss or softmax_cross_entropy)
@@ -336,14 +342,17 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
 
 
 def _run(net: Net, state: State, entry: TaskState, x: Tree, batch_size: int | None, apply: Any) -> jax.Array:
-    _require_own_net(net, state)
+    _require_own_net(net, state, entry)
     x = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), x)
     check_inputs(net, x)
+    lengths = {path: len(leaf) for path, leaf in flatten(x).items()}
+    count = max(lengths.values())
+    if min(lengths.values()) != count:
+        raise DataError(f"the parts of x have different numbers of examples: {lengths}; they must be equal")
+    size = None if batch_size is None else check_batch_size(batch_size)
     weights = ownership.task_weights(state, entry)
-    if batch_size is None:
+    if size is None or count == 0:
         return apply(weights, as_inputs(net, x))
-    size = check_batch_size(batch_size)
-    count = len(jax.tree.leaves(x)[0])
     pieces = []
     for start in range(0, count, size):
         piece = jax.tree.map(lambda leaf: np.asarray(leaf[start : start + size]), x)  # noqa: B023
@@ -352,8 +361,11 @@ def _run(net: Net, state: State, entry: TaskState, x: Tree, batch_size: int | No
     return jnp.concatenate(pieces)[:count]
 
 
-def _require_own_net(net: Net, state: State) -> None:
-    require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
+def _require_own_net(net: Net, state: State, entry: TaskState) -> None:
+    hint = "Was the state made with this net?"
+    require_match("state.shared", state.shared, net.layout(state.width).shared, hint)
+    require_match(f"local variables of task {entry.id}", entry.local, net.layout(entry.width).local, hint)
+    verification.require_owner(state)
 
 
 def _transformation(optimizer: Any) -> Any:

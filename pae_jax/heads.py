@@ -52,6 +52,8 @@ def layout(net: Net, head: Any, width: float) -> tuple[Any, Any]:
             raise StructureError(
                 "head", "", found, f"a module that takes features {describe_array(features)}"
             ) from error
+        if not hasattr(logits, "shape") or logits.shape[:1] != features.shape[:1] or len(logits.shape) < 2:
+            raise StructureError("head", "", logits, "one array of outputs (batch, ..., classes)")
         return variables, logits
 
     return net.memo(("head", fingerprint(head), width), make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax import heads, ownership, verification
-from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.errors import ArgumentError, CapacityError, PhaseError, StructureError
 from pae_jax.fingerprint import fingerprint
 from pae_jax.network import Net, as_key, check_width, zeros
 from pae_jax.pruning import check_choice
 from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, names, newest
-from pae_jax.trees import Tree, require_match
+from pae_jax.trees import Tree, merge, require_match
 
 
 def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
@@ -74,10 +75,11 @@ def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> 
     """
     width = check_width(width)
     layout = net.layout(width)
-    shared, local = net.split(variables)
+    if not isinstance(variables, Mapping):
+        raise StructureError("variables", "", type(variables).__name__, "{collection: nested dict}")
     hint = "The variables must come from the same model at the same width."
-    require_match("variables['params']", shared, layout.shared, hint)
-    require_match("variables", local, layout.local, hint)
+    require_match("variables", dict(variables), merge(layout.shared, layout.local), hint)
+    shared, local = net.split(dict(variables))
     shared, local = (jax.tree.map(jnp.array, tree) for tree in (shared, local))
     return State(shared=shared, owner=_all_free(shared), tasks={}, width=width, local=local)
 
@@ -181,6 +183,7 @@ def freeze(state: State, task: str) -> State:
       'frozen'
     """
     entry = find_trainable(state, task, "freeze")
+    verification.require_owner(state)
     entry = entry.replace(digests=verification.task_digests(state, entry))
     return state.replace(tasks={**state.tasks, task: entry})
 
@@ -210,6 +213,7 @@ def drop(state: State, task: str) -> State:
     last = newest(state)
     if task != last:
         raise PhaseError("drop", task, f"older than {last!r}, which may use its weights", f"drop of {last!r}")
+    verification.require_owner(state)
     mine = ownership.owned(state.owner, ownership.id_array(entry.id))
     shared, owner = ownership.release(state.shared, state.owner, mine)
     return state.replace(shared=shared, owner=owner, tasks={k: v for k, v in state.tasks.items() if k != task})
@@ -253,6 +257,8 @@ def _initial_head(net: Net, head: Any, key: jax.Array, width: float) -> Tree:
 
 def _reclaimed(net: Net, state: State, key: jax.Array, fresh: bool) -> Tree:
     """Return the shared weights with the values that free weights start from."""
+    if state.local is not None:  # pretrained: zeros are the model's own, nobody gave them back
+        return state.shared
     restart = _empty_leaves(state.shared, state.owner)
     if not fresh and not np.asarray(restart).any():
         return state.shared

@@ -83,6 +83,7 @@ class AccuracyMatrix:
         """
         if random_init is None:
             return math.nan
+        _require_tasks("random_init", random_init, self.tasks[1:])
         above = np.diag(self._values, k=1)
         return _mean(above - np.asarray([random_init[task] for task in self.tasks[1:]]))
 
@@ -92,9 +93,7 @@ class AccuracyMatrix:
         Args:
           single_task: a*_j in [0, 1] by task; all tasks must be there.
         """
-        missing = [task for task in self.tasks if task not in single_task]
-        if missing:
-            raise ArgumentError(f"single_task lacks {missing}")
+        _require_tasks("single_task", single_task, self.tasks)
         return float(np.mean([single_task[task] for task in self.tasks]) - self.learning_accuracy())
 
     def __str__(self) -> str:
@@ -127,7 +126,7 @@ class AccuracyMatrix:
 
     def _index(self, task: str) -> int:
         if task not in self.tasks:
-            raise UnknownTaskError(task, list(self.tasks))
+            raise UnknownTaskError(task, list(self.tasks), "the matrix")
         return self.tasks.index(task)
 
 
@@ -135,6 +134,13 @@ def _check_accuracy(values: np.ndarray) -> None:
     outside = values[~np.isnan(values) & ~((values >= 0.0) & (values <= 1.0))]
     if outside.size:
         raise ArgumentError(f"accuracies lie in [0, 1], found {float(outside.ravel()[0])}")
+
+
+def _require_tasks(name: str, accuracies: Mapping[str, float], tasks: Sequence[str]) -> None:
+    missing = [task for task in tasks if task not in accuracies]
+    if missing:
+        raise ArgumentError(f"{name} lacks {missing}")
+    _check_accuracy(np.asarray([accuracies[task] for task in tasks], np.float64))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.errors import ArgumentError, DataError, StructureError
@@ -167,7 +168,10 @@ def abstract_sample(sample: Tree) -> Tree:
 
 def check_width(width: float) -> float:
     """Return a width as a float, or raise `ArgumentError` unless it is positive and finite."""
-    value = float(width)
+    try:
+        value = float(width)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"width is a positive channel factor, found {width!r}") from None
     if not (math.isfinite(value) and value > 0):
         raise ArgumentError(f"width is a positive channel factor, found {width!r}; from a size ratio: pae.width_for")
     return value
@@ -195,7 +199,7 @@ def width_for(size_ratio: float) -> float:
 
     Source: Hung et al., "Packing and Expanding", ICMR 2019 (`filters_expand_ratio`).
     """
-    if not (math.isfinite(size_ratio) and size_ratio > 0):
+    if not isinstance(size_ratio, (int, float, np.number)) or not (math.isfinite(size_ratio) and size_ratio > 0):
         raise ArgumentError(f"size_ratio must be positive and finite, found {size_ratio!r}")
     return math.sqrt(size_ratio)
 
@@ -236,6 +240,11 @@ def _same_kind(found: Any, expected: Any) -> bool:
 
 
 def _require_supported(variables: dict[str, Tree], source: str) -> None:
+    entries: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(variables))
+    for keys, leaf in entries.items():
+        if not hasattr(leaf, "shape") or not math.prod(leaf.shape):
+            hint = "Variables are nested dicts of arrays; containers such as tuples, and empty arrays, are not."
+            raise StructureError(source, "/".join(keys), trees.describe(leaf), "one array with entries", hint)
     for path, leaf in trees.flatten(variables).items():
         numeric = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_
         trained = path.split("/", 1)[0] == PARAMS

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax import ownership
+from pae_jax import ownership, verification
 from pae_jax.errors import ArgumentError
 from pae_jax.state import State, find_trainable
 from pae_jax.trees import Tree
@@ -187,6 +187,7 @@ def prune(state: State, task: str, fraction: float, *, scope: Scope = "leaf", of
     """
     entry = find_trainable(state, task, "prune")
     share = check_fraction(fraction)
+    verification.require_owner(state)
     check_choice("scope", scope, ("leaf", "global"))
     check_choice("of", of, ("available", "own"))
     shared, owner = Room(state.owner, entry.id, scope).prune(state.shared, state.owner, share, of)

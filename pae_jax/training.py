@@ -33,7 +33,7 @@ class Carry(NamedTuple):
       head: the task's head variables.
       opt_state: state of the optax chain over `{"shared", "local", "head"}`.
       step: int32, steps taken in this fit.
-      bad_step: int32, the step whose loss or gradient was not finite; -1 while all is well.
+      bad_step: int32, the step whose loss or result was not finite; -1 while all is well.
       loss_sum: float32, sum of the losses since the last reset.
     """
 
@@ -62,25 +62,26 @@ def own_part(params: dict[str, Tree], mine: Tree) -> dict[str, Tree]:
     return {**params, "shared": ownership.select(mine, params["shared"])}
 
 
-def optimizer_init(net: Net, tx: Any) -> Callable[..., Any]:
+def optimizer_init(net: Net, tx: Any, known: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return a compiled `(shared, local, head, owner, task_id) -> opt_state`."""
 
     def init(shared: Tree, local: Tree, head: Tree, owner: Tree, task_id: jax.Array) -> Any:
         return tx.init(own_part(trainables(shared, local, head), ownership.owned(owner, task_id)))
 
-    return net.memo(("optimizer", fingerprint(tx)), lambda: jax.jit(init))
+    return net.memo(("optimizer", fingerprint(tx)), lambda: known or jax.jit(init))
 
 
-def train_step(net: Net, entry: TaskState, tx: Any, loss: Loss) -> TrainStep:
+def train_step(net: Net, entry: TaskState, tx: Any, loss: Loss, known: TrainStep | None = None) -> TrainStep:
     """Return the compiled train step of a task; tasks of equal width and head share it.
 
     Task id, owners and key are operands. What compiles anew is another width, head, loss, optimizer or batch shape.
+    A step that is already there can be given as `known`.
     """
     # Under sharing "all" the newest task sees every weight that is not exactly 0: older tasks' and its own, while
     # free weights exist only where it pruned itself. Masking the forward pass would change no bit.
     masked = entry.sharing != "all"
     key = ("train", entry.width, fingerprint(entry.head_spec), entry.sharing, fingerprint(tx), fingerprint(loss))
-    return net.memo(key, lambda: _make_train_step(net, entry, optax.with_extra_args_support(tx), loss, masked))
+    return net.memo(key, lambda: known or _make_train_step(net, entry, optax.with_extra_args_support(tx), loss, masked))
 
 
 def _make_train_step(
@@ -110,7 +111,7 @@ def _make_train_step(
 
         # Whatever the optimizer made of frozen weights (momentum, decay, Adam's epsilon), the values stay: the gate
         # is on the result, not on the gradient. After a bad step nothing moves any more.
-        finite = jnp.isfinite(value) & all_finite(grads)
+        finite = jnp.isfinite(value) & all_finite((own_part(new, mine), local, head))
         good = finite & (carry.bad_step < 0)
         shared = jax.tree.map(lambda m, n, old: jnp.where(m & good, n, old), mine, new["shared"], carry.shared)
         rest = (
@@ -186,7 +187,7 @@ def eval_step(net: Net, width: float, head_spec: Any, loss: Loss) -> Callable[..
             logits = apply(weights, local, head, x)
             losses = jax.vmap(lambda one, label: jnp.mean(loss(one[None], label[None])))(logits, y)
             sums = {"loss": jnp.sum(jnp.where(weight > 0, losses, 0.0).astype(jnp.float32))}
-            if jnp.issubdtype(y.dtype, jnp.integer) and y.shape == logits.shape[:-1]:
+            if (jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == jnp.bool_) and y.shape == logits.shape[:-1]:
                 right = (jnp.argmax(logits, axis=-1) == y).astype(jnp.float32)
                 right = right.reshape(right.shape[0], -1).mean(axis=1)
                 sums["accuracy"] = jnp.sum(right * weight)

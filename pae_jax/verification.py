@@ -13,14 +13,20 @@ import numpy as np
 from pae_jax import heads, ownership
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, names
-from pae_jax.trees import describe, flatten
+from pae_jax.trees import describe, flatten, require_match
+
+
+def require_owner(state: State) -> None:
+    """Raise `StructureError` unless the owners are int8 arrays parallel to the shared weights."""
+    wanted = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.int8), state.shared)
+    require_match("owner", state.owner, wanted, "Owner ids are parallel to the shared weights.")
 
 
 def array_digest(*arrays: Any) -> str:
     """Return the SHA-256 of dtype, shape and bytes of arrays, hexadecimal."""
     digest = hashlib.sha256()
     for array in arrays:
-        host = np.ascontiguousarray(array)
+        host = np.asarray(array, order="C")
         digest.update(f"{host.dtype}{host.shape}".encode())
         digest.update(host.tobytes() if host.ndim == 0 else host.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

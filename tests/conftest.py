@@ -1,5 +1,214 @@
 """Harsher than a user's run: broadcasting between ranks raises, and so does every warning (see pyproject.toml)."""
 
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import pae_jax as pae
+from pae_jax.trees import describe, flatten
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+OPTIMIZED = ("test_laws", "test_training")
+_COMPILED: list[str] = []
+
+
+def _count_compilation(event, duration, **details):
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+class Vector(nn.Module):
+    """The usual test backbone: two kernels, a bias, PReLU slopes and batch statistics; counts its training traces."""
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, train):
+        if train:
+            TRACES.append(self.width)
+        x = nn.Dense(int(8 * self.width), use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = nn.PReLU()(x)
+        return nn.Dense(int(6 * self.width))(x)
+
+
+TRACES: list[float] = []
+
+
+def _bits(leaf):
+    host = np.asarray(leaf)
+    return f"{host.dtype}{host.shape}", host.tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compile with few optimizations, twice as fast, where the compiler's own work is not what is tested."""
+    optimized = request.path.parent != Path(__file__).parent or request.path.stem in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def bits():
+    """Return `{path: (dtype and shape, bytes)}` of a tree: equal only if the arrays are, NaN and -0.0 included."""
+    return lambda tree: {path: _bits(leaf) for path, leaf in flatten(tree).items()}
+
+
+@pytest.fixture(scope="session")
+def assert_same(bits):
+    """Assert that two trees hold the same bits; the message names the leaves that differ."""
+
+    def check(found, expected):
+        found, expected = bits(found), bits(expected)
+        differing = sorted(p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p))
+        assert not differing, f"leaves differ: {differing}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def state_facts(bits):
+    """Everything a state says: arrays as bits, and the records."""
+
+    def facts(state):
+        tasks = {
+            name: (e.id, e.width, str(e.head_spec), e.sharing, e.digests, bits(e.local), bits(e.head))
+            for name, e in state.tasks.items()
+        }
+        local = None if state.local is None else bits(state.local)
+        growth = tuple((g.narrow, g.wide) for g in state.growth)
+        return bits(state.shared), bits(state.owner), tasks, state.width, growth, local
+
+    return facts
+
+
+@pytest.fixture
+def compilations():
+    """Return a context manager whose value counts the programs that XLA compiled inside it."""
+
+    @contextlib.contextmanager
+    def counting():
+        found = SimpleNamespace(count=0)
+        before = len(_COMPILED)
+        yield found
+        found.count = len(_COMPILED) - before
+
+    return counting
+
+
+@pytest.fixture
+def traces():
+    """Widths at which the usual backbone was traced in training mode since the start of the test."""
+    TRACES.clear()
+    return TRACES
+
+
+@pytest.fixture(scope="session")
+def vector_module():
+    return Vector
+
+
+@pytest.fixture(scope="session")
+def net():
+    """The usual network: 80 shared weights in two leaves at width 1."""
+    return pae.linen(Vector, jnp.zeros((1, 4)))
+
+
+@pytest.fixture(scope="session")
+def data():
+    """40 examples of two classes, as NumPy arrays."""
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    return x, (x[:, 0] + x[:, 1] > 0).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def adam():
+    return optax.adam(0.01)
+
+
+@pytest.fixture(scope="session")
+def quick_fit(net, data, adam):
+    """`fit` with small defaults; returns `(state, history)`."""
+
+    def fit(state, task, train=data, *, optimizer=adam, epochs=2, batch_size=8, key=2, net=net, **options):
+        return pae.fit(
+            net,
+            state,
+            task,
+            train,
+            optimizer=optimizer,
+            epochs=epochs,
+            batch_size=batch_size,
+            key=jax.random.key(key),
+            progress=False,
+            **options,
+        )
+
+    return fit
+
+
+@pytest.fixture(scope="session")
+def empty(net):
+    """A network without tasks."""
+    return pae.init(net, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def packed(net, empty):
+    """One task, "a", packed and not trained."""
+    return pae.pack(net, empty, "a", head=2, key=jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def frozen(packed, quick_fit):
+    """One task, "a", trained, pruned by half and frozen."""
+    state, _ = quick_fit(packed, "a")
+    return pae.freeze(pae.prune(state, "a", 0.5), "a")
+
+
+@pytest.fixture(scope="session")
+def second(net, frozen, quick_fit):
+    """Task "a" frozen, task "b" packed, trained and not frozen."""
+    return quick_fit(pae.pack(net, frozen, "b", head=2, key=jax.random.key(3)), "b", key=4)[0]
+
+
+@pytest.fixture(scope="session")
+def third(net, second):
+    """Tasks "a" and "b" frozen, task "c" packed; each owns weights in every leaf, none is free."""
+    state = pae.freeze(pae.prune(second, "b", 0.25), "b")
+    return pae.pack(net, state, "c", head=2, key=jax.random.key(5))
+
+
+@pytest.fixture(scope="session")
+def edit_leaf():
+    """Return a tree with one leaf (by path) replaced by what a function makes of its host copy."""
+
+    def edit(tree, path, change):
+        def visit(where, leaf):
+            if jax.tree_util.keystr(where, simple=True, separator="/") != path:
+                return leaf
+            return jnp.asarray(change(np.array(leaf)))
+
+        assert path in flatten(tree), f"no leaf {path}: {sorted(flatten(tree))}"
+        return jax.tree_util.tree_map_with_path(visit, tree)
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """Return `{path: "dtype[shape]"}` of a tree."""
+    return lambda tree: {path: describe(leaf) for path, leaf in flatten(tree).items()}

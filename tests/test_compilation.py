@@ -1,0 +1,128 @@
+"""Law 11: what is traced once, what is compiled once, and what is not compiled at all."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import pae_jax as pae
+
+
+def test_training_two_tasks_of_equal_head_size_at_one_width_traces_the_train_step_once(
+    vector_module, data, quick_fit, traces, compilations
+):
+    net = pae.linen(vector_module, jnp.zeros((1, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    traces.clear()
+
+    def optimizer(lr):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 2, 10)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
+
+    def life(state, task, lr=0.01):
+        state, _ = quick_fit(state, task, optimizer=optimizer(lr), net=net, val=data, keep="best")
+        state = pae.prune(state, task, 0.4 + 0.1 * state.tasks[task].id)
+        state, _ = quick_fit(state, task, optimizer=optimizer(lr), net=net)
+        return pae.freeze(state, task)
+
+    state = life(state, "a")
+    assert traces == [1.0]
+    state = life(pae.pack(net, state, "b", head=2, key=jax.random.key(2)), "b")
+    assert traces == [1.0]
+    with compilations() as found:
+        packed = pae.pack(net, state, "c", head=2, key=jax.random.key(3))
+        state = life(packed, "c")
+        pae.verify(state)
+    assert found.count == 0
+    assert traces == [1.0]
+    life(packed, "c", lr=0.02)
+    assert traces == [1.0, 1.0]  # another learning rate is another program
+    other = pae.pack(net, pae.drop(packed, "c"), "d", head=3, key=jax.random.key(3))
+    life(other, "d")
+    assert traces == [1.0, 1.0, 1.0]  # and so is another head
+
+
+EQUAL_OPTIMIZERS = {
+    "exponential decay": lambda: optax.sgd(optax.exponential_decay(0.1, 3, 0.9)),
+    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+}
+
+
+@pytest.mark.parametrize("make", EQUAL_OPTIMIZERS.values(), ids=EQUAL_OPTIMIZERS)
+def test_a_new_but_equal_optimizer_traces_nothing(make, packed, quick_fit, traces):
+    quick_fit(packed, "a", optimizer=make(), epochs=1)
+    traces.clear()
+    quick_fit(packed, "a", optimizer=make(), epochs=1)
+    assert traces == []
+
+
+def test_one_optimizer_object_used_again_traces_nothing_even_if_its_schedule_rewrites_its_own_closure(
+    packed, quick_fit, traces
+):
+    tx = optax.sgd(optax.cosine_decay_schedule(0.1, 50))
+    quick_fit(packed, "a", optimizer=tx, epochs=1)
+    traces.clear()
+    quick_fit(packed, "a", optimizer=tx, epochs=1)
+    assert traces == []
+
+
+def test_another_width_adds_one_trace_of_the_train_step(vector_module, quick_fit, traces):
+    net = pae.linen(vector_module, jnp.zeros((1, 4)))
+    for width, key in ((0.5, 0), (1.0, 1), (0.5, 2), (1.0, 3)):
+        state = pae.pack(net, pae.init(net, jax.random.key(key), width), "a", head=2, key=jax.random.key(key))
+        before = len(traces)
+        quick_fit(state, "a", net=net, epochs=1)
+        assert traces[before:] == ([width] if key < 2 else [])
+
+
+def test_pruning_evaluating_and_predicting_compile_nothing_for_another_fraction_or_task(net, third, data, compilations):
+    x, y = data
+
+    def use(state, task, fraction):
+        for scope, of in itertools.product(("leaf", "global"), ("available", "own")):
+            pae.prune(state, task, fraction, scope=scope, of=of)
+        for name in state.tasks:
+            pae.predict(net, state, name, x)
+            pae.features(net, state, name, x)
+            pae.evaluate(net, state, name, (x, y))
+            pae.masks(state, name)
+            pae.trainable(state, name)
+        pae.free_fraction(state)
+
+    use(third, "c", 0.3)
+    dropped = pae.drop(third, "c")
+    other = pae.pack(net, dropped, "other", head=2, key=jax.random.key(0))
+    with compilations() as found:
+        for fraction in (0.0, 0.1, 0.77, 1.0):
+            use(third, "c", fraction)
+            use(other, "other", fraction)
+    assert found.count == 0
+
+
+def test_gradual_pruning_compiles_nothing_for_another_schedule(packed, quick_fit, compilations):
+    quick_fit(packed, "a", pruning=pae.CubicSchedule(final=0.5, end=6, every=2))
+    with compilations() as found:
+        quick_fit(packed, "a", pruning=pae.CubicSchedule(final=0.9, end=9, every=3))
+    assert found.count == 0
+
+
+def test_a_loaded_state_compiles_nothing_that_the_saved_one_had_compiled(
+    net, third, quick_fit, data, tmp_path, compilations
+):
+    """Arrays that `load` tied to a device would make every compiled function compile once more."""
+
+    def use(state):
+        pae.predict(net, state, "a", data[0])
+        pae.evaluate(net, state, "b", data)
+        state, _ = quick_fit(state, "c", val=data)
+        state = pae.freeze(pae.prune(state, "c", 0.5), "c")
+        quick_fit(pae.pack(net, state, "d", head=2, key=jax.random.key(0)), "d")
+
+    use(third)
+    pae.save(tmp_path / "stage", third)
+    loaded = pae.load(net, tmp_path / "stage")
+    with compilations() as found:
+        use(loaded)
+    assert found.count == 0

@@ -1,0 +1,485 @@
+"""fit, evaluate, predict and features: what they compute, what they leave alone, what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import pae_jax as pae
+
+
+def logits_of(net, state, task, x):
+    """A task's logits by hand: the module of its own, on the weights it sees."""
+    entry = state.tasks[task]
+    masks = pae.masks(state, task)
+    weights = jax.tree.map(lambda m, w: jnp.where(m, w, 0), masks, state.shared)
+    params = {**entry.local.get("params", {})}
+    for name, layer in weights.items():
+        params[name] = {**params.get(name, {}), **layer}
+    return params, entry
+
+
+def softmax_loss(logits, y):
+    logits = np.asarray(logits, np.float64)
+    return float(np.mean(np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, y[..., None], -1)[..., 0]))
+
+
+# fit
+
+
+def test_the_same_key_gives_the_same_bits_and_another_key_others(packed, quick_fit, assert_same):
+    one, history = quick_fit(packed, "a")
+    two, again = quick_fit(packed, "a")
+    assert_same(
+        (one.shared, one.tasks["a"].local, one.tasks["a"].head), (two.shared, two.tasks["a"].local, two.tasks["a"].head)
+    )
+    assert history.rows == again.rows
+    other, _ = quick_fit(packed, "a", key=99)
+    assert (np.asarray(jax.tree.leaves(other.shared)[0]) != np.asarray(jax.tree.leaves(one.shared)[0])).any()
+
+
+def test_the_callers_arrays_are_neither_deleted_nor_changed(second, quick_fit, data, state_facts, bits):
+    _, history = quick_fit(second, "b")
+    x, y = jnp.asarray(data[0]), jnp.asarray(data[1])
+    before, opt_before = state_facts(second), bits(history.opt_state)
+    quick_fit(second, "b", (x, y), opt_state=history.opt_state, val=(x, y), keep="best")
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((second, history.opt_state, x, y)))
+    assert state_facts(second) == before
+    assert bits(history.opt_state) == opt_before
+    np.testing.assert_array_equal(x, data[0])
+
+
+def test_the_loss_falls_and_the_history_has_one_row_per_epoch(packed, quick_fit, data):
+    _, history = quick_fit(packed, "a", epochs=30, val=data, optimizer=optax.adam(0.01))
+    assert [row["epoch"] for row in history.rows] == list(range(1, 31))
+    assert set(history.rows[0]) == {"epoch", "loss", "val_loss", "val_accuracy"}
+    assert history.rows[-1]["loss"] < 0.5 * history.rows[0]["loss"]
+    assert history.kept_epoch == 30
+    assert history.rows[-1]["val_accuracy"] > 0.9
+
+
+def test_the_loss_of_a_row_is_the_mean_over_the_steps_of_the_epoch(packed, quick_fit, data):
+    """With a learning rate of 0 and one batch per epoch the loss is that of the untrained network in training mode."""
+    _, whole = quick_fit(packed, "a", optimizer=optax.sgd(0.0), batch_size=40, epochs=2)
+    _, pieces = quick_fit(packed, "a", [(data[0], data[1])] * 4, optimizer=optax.sgd(0.0), epochs=1)
+    assert whole.rows[0]["loss"] == pytest.approx(whole.rows[1]["loss"], rel=1e-5)
+    assert pieces.rows[0]["loss"] == pytest.approx(whole.rows[0]["loss"], rel=1e-5)
+
+
+def test_no_epochs_change_nothing(packed, quick_fit, state_facts):
+    state, history = quick_fit(packed, "a", epochs=0)
+    assert state_facts(state) == state_facts(packed)
+    assert history.rows == ()
+    assert history.kept_epoch == 0
+
+
+def test_fit_continued_with_its_optimizer_state_equals_one_longer_fit(packed, quick_fit, data, assert_same):
+    batches = [(data[0][i : i + 8], data[1][i : i + 8]) for i in range(0, 32, 8)]
+    whole, _ = quick_fit(packed, "a", batches, epochs=1)
+    part, history = quick_fit(packed, "a", batches[:2], epochs=1)
+    rest, _ = quick_fit(part, "a", batches[2:], epochs=1, opt_state=history.opt_state)
+    fresh, _ = quick_fit(part, "a", batches[2:], epochs=1)
+    assert_same(rest.shared, whole.shared)
+    assert (np.asarray(jax.tree.leaves(fresh.shared)[0]) != np.asarray(jax.tree.leaves(whole.shared)[0])).any()
+
+
+def test_keep_best_returns_the_epoch_of_highest_validation_accuracy_ties_by_the_lower_loss(
+    net, packed, quick_fit, data, assert_same
+):
+    """Labels turn round half-way, so validation accuracy on the first half's labels rises, then falls."""
+    x, y = data
+
+    def train(epoch):
+        return iter([(x, y if epoch < 6 else 1 - y)] * 4)
+
+    tx = optax.adam(0.05)
+    state, history = quick_fit(packed, "a", train, epochs=12, val=data, keep="best", optimizer=tx)
+    scores = [(row["val_accuracy"], -row["val_loss"]) for row in history.rows]
+    best = scores.index(max(scores))
+    assert scores[0] < scores[best] > scores[-1]
+    assert history.kept_epoch == best + 1
+    stopped, _ = quick_fit(packed, "a", train, epochs=best + 1, val=data, optimizer=tx)
+    assert_same(
+        (state.shared, state.tasks["a"].local, state.tasks["a"].head),
+        (stopped.shared, stopped.tasks["a"].local, stopped.tasks["a"].head),
+    )
+    last, history = quick_fit(packed, "a", train, epochs=12, val=data, optimizer=tx)
+    assert history.kept_epoch == 12
+    assert pae.evaluate(net, state, "a", data)["accuracy"] > pae.evaluate(net, last, "a", data)["accuracy"]
+
+
+def test_keep_best_chooses_only_among_epochs_after_the_end_of_pruning(packed, quick_fit, data):
+    schedule = pae.CubicSchedule(final=0.9, end=20, every=5)
+    state, history = quick_fit(
+        packed, "a", epochs=6, val=data, keep="best", pruning=schedule, optimizer=optax.adam(0.05)
+    )
+    assert history.kept_epoch >= 4
+    counts = [int((o == 0).sum()) for o in jax.tree.leaves(state.owner)]
+    assert counts == [round(0.9 * o.size) for o in jax.tree.leaves(state.owner)]
+
+
+def squared(logits, y):
+    return (logits[:, 0] - y) ** 2
+
+
+def test_keep_best_without_accuracy_takes_the_lowest_loss_and_a_nan_never_counts_as_best(packed, quick_fit, data):
+    x, y = data
+    target = y.astype(np.float32)
+    calls = []
+
+    def val(epoch):
+        calls.append(epoch)
+        return iter([(x, np.where(len(calls) == 3, 1e30, 1.0) * target)])  # its square is infinite
+
+    def loss(logits, labels):
+        losses = squared(logits, labels)
+        return jnp.where(jnp.isinf(losses).any(), jnp.nan, losses)
+
+    _, history = quick_fit(
+        packed, "a", (x, target), epochs=4, val=val, keep="best", loss=loss, optimizer=optax.adam(0.02)
+    )
+    losses = [row["val_loss"] for row in history.rows]
+    assert np.isnan(losses[2])
+    assert history.kept_epoch == int(np.nanargmin(losses)) + 1
+
+
+def test_a_batch_larger_than_the_data_is_the_whole_data(packed, quick_fit, data, assert_same):
+    large, _ = quick_fit(packed, "a", batch_size=1000)
+    exact, _ = quick_fit(packed, "a", batch_size=40)
+    assert_same(large.shared, exact.shared)
+
+
+def mean_loss(logits, y):
+    return jnp.mean(squared(logits, y))
+
+
+def test_a_custom_loss_may_be_a_mean_or_one_loss_per_example(packed, quick_fit, data):
+    batch = (data[0], data[1].astype(np.float32))
+    mean, history = quick_fit(packed, "a", batch, loss=mean_loss, val=batch)
+    single, other = quick_fit(packed, "a", batch, loss=squared, val=batch)
+    for a, b in zip(jax.tree.leaves(mean.shared), jax.tree.leaves(single.shared), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert history.rows[-1]["val_loss"] == pytest.approx(other.rows[-1]["val_loss"], rel=1e-5)
+    assert "val_accuracy" not in history.rows[-1]
+
+
+class EveryStep(nn.Module):
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.tanh(nn.Dense(5)(x))
+
+
+def test_labels_may_be_sequences(quick_fit):
+    net = pae.linen(EveryStep, jnp.zeros((1, 3, 4)))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 3, 4)).astype(np.float32), rng.integers(0, 3, (20, 3))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=3, key=jax.random.key(1))
+    state, _ = quick_fit(state, "a", (x, y), net=net, val=(x, y))
+    scores = pae.evaluate(net, state, "a", (x, y), batch_size=6)
+    logits = np.asarray(pae.predict(net, state, "a", x))
+    assert logits.shape == (20, 3, 3)
+    assert scores["accuracy"] == pytest.approx((logits.argmax(-1) == y).mean())
+    assert scores["loss"] == pytest.approx(softmax_loss(logits, y), rel=1e-5)
+    with pytest.raises(pae.DataError, match=r"labels have shape \(20,\), expected"):
+        quick_fit(state, "a", (x, y[:, 0]), net=net)
+
+
+@pytest.mark.parametrize("options", [{"epochs": -1}, {"epochs": 1.5}, {"epochs": True}], ids=str)
+def test_fit_refuses_a_number_of_epochs_that_is_none(packed, quick_fit, options):
+    with pytest.raises(pae.ArgumentError, match="epochs must be an integer of at least 0, found"):
+        quick_fit(packed, "a", **options)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, "all", None])
+def test_a_batch_size_that_is_no_positive_integer_is_refused(net, packed, quick_fit, data, size):
+    with pytest.raises(pae.PaeError, match="batch_size must be a positive integer, found"):
+        quick_fit(packed, "a", batch_size=size)
+    with pytest.raises(pae.PaeError, match="batch_size must be a positive integer, found"):
+        pae.evaluate(net, packed, "a", data, batch_size=size)
+    if size is not None:
+        with pytest.raises(pae.PaeError, match="batch_size must be a positive integer, found"):
+            pae.predict(net, packed, "a", data[0], batch_size=size)
+
+
+def test_keep_best_needs_validation_data(packed, quick_fit):
+    with pytest.raises(pae.ArgumentError, match="keep='best' chooses by validation data; pass val="):
+        quick_fit(packed, "a", keep="best")
+    with pytest.raises(pae.ArgumentError, match="keep must be one of 'last', 'best', found 'first'"):
+        quick_fit(packed, "a", keep="first")
+
+
+def test_fit_refuses_what_is_no_optimizer_or_no_key(packed, quick_fit, net, data):
+    with pytest.raises(pae.StructureError, match="optimizer: found float, expected an optax gradient transformation"):
+        quick_fit(packed, "a", optimizer=0.1)
+    with pytest.raises(pae.ArgumentError, match=r"key must be one random key such as jax.random.key\(0\)"):
+        pae.fit(net, packed, "a", data, optimizer=optax.sgd(0.1), epochs=1, key=0, progress=False)
+    with pytest.raises(pae.ArgumentError, match="key must be one random key"):
+        keys = jax.random.split(jax.random.key(0))
+        pae.fit(net, packed, "a", data, optimizer=optax.sgd(0.1), epochs=1, key=keys, progress=False)
+
+
+def test_a_raw_uint32_key_works_like_a_typed_one(net, packed, empty, assert_same):
+    raw = pae.init(net, np.asarray(jax.random.key_data(jax.random.key(0))))
+    assert_same(raw.shared, empty.shared)
+
+
+def test_fit_refuses_unknown_and_frozen_tasks(frozen, quick_fit):
+    with pytest.raises(pae.UnknownTaskError, match="unknown task 'b'; the state has: 'a'"):
+        quick_fit(frozen, "b")
+    with pytest.raises(pae.PhaseError, match=r"fit cannot be called now: task 'a' is frozen. Valid calls: predict"):
+        quick_fit(frozen, "a")
+
+
+def test_fit_refuses_an_optimizer_state_of_another_optimizer_or_head_by_leaf(net, packed, empty, quick_fit):
+    _, history = quick_fit(packed, "a", optimizer=optax.sgd(0.1, momentum=0.9), epochs=0)
+    with pytest.raises(pae.StructureError, match=r"opt_state, leaf '.*'.*same optimizer, width and head"):
+        quick_fit(packed, "a", optimizer=optax.adam(0.01), opt_state=history.opt_state)
+    other = pae.pack(net, empty, "a", head=5, key=jax.random.key(1))
+    with pytest.raises(
+        pae.StructureError, match=r"opt_state, leaf '.*head/.*': found float32\[2\], expected float32\[5\]"
+    ):
+        quick_fit(other, "a", optimizer=optax.sgd(0.1, momentum=0.9), opt_state=history.opt_state)
+
+
+@pytest.mark.parametrize("change", ["broadcasts", "missing", "extra", "dtype"])
+def test_an_owner_tree_of_another_structure_is_refused_by_leaf_wherever_it_is_used(
+    net, second, quick_fit, data, change, tmp_path
+):
+    """A mask of shape (1, n) would broadcast over the kernel without a word."""
+    owner = {name: dict(layer) for name, layer in second.owner.items()}
+    if change == "broadcasts":
+        owner["Dense_0"]["kernel"] = jnp.zeros((1, 8), jnp.int8)
+    elif change == "missing":
+        del owner["Dense_0"]
+    elif change == "extra":
+        owner["Dense_7"] = owner["Dense_0"]
+    else:
+        owner["Dense_0"]["kernel"] = owner["Dense_0"]["kernel"].astype(jnp.int32)
+    broken = second.replace(owner=owner)
+    calls = {
+        "predict": lambda: pae.predict(net, broken, "b", data[0]),
+        "evaluate": lambda: pae.evaluate(net, broken, "a", data),
+        "fit": lambda: quick_fit(broken, "b"),
+        "prune": lambda: pae.prune(broken, "b", 0.9),
+        "freeze": lambda: pae.freeze(broken, "b"),
+        "drop": lambda: pae.drop(broken, "b"),
+        "check": lambda: pae.check(broken),
+        "save": lambda: pae.save(tmp_path / "stage", broken),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except pae.StructureError as error:
+            assert "Dense_" in str(error), name
+        except Exception as error:
+            pytest.fail(f"{name}: {type(error).__name__} instead of StructureError: {error}")
+        else:
+            pytest.fail(f"{name} took an owner tree of another structure")
+    assert not (tmp_path / "stage").exists()
+
+
+def test_a_state_of_another_model_is_refused_by_leaf(packed, quick_fit, data):
+    net = pae.linen(lambda width: pae.models.MLP(width, (8, 6)), jnp.zeros((1, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    other = pae.linen(lambda width: pae.models.MLP(width, (8, 7)), jnp.zeros((1, 4)))
+    for call in (
+        lambda: pae.predict(other, state, "a", data[0]),
+        lambda: pae.features(other, state, "a", data[0]),
+        lambda: pae.evaluate(other, state, "a", data),
+        lambda: quick_fit(state, "a", net=other),
+        lambda: pae.pack(other, pae.freeze(state, "a"), "b", head=2, key=jax.random.key(0), allow_empty=True),
+    ):
+        with pytest.raises(
+            pae.StructureError,
+            match=r"state.shared, leaf 'Dense_1/kernel': found float32\[8,6\], expected float32\[8,7\]",
+        ):
+            call()
+
+
+def test_local_variables_of_another_model_are_refused_by_leaf(net, packed, quick_fit, data):
+    entry = packed.tasks["a"]
+    local = {**entry.local, "params": {k: v for k, v in entry.local["params"].items() if k != "PReLU_0"}}
+    broken = packed.replace(tasks={"a": entry.replace(local=local)})
+    for call in (
+        lambda: pae.predict(net, broken, "a", data[0]),
+        lambda: pae.evaluate(net, broken, "a", data),
+        lambda: quick_fit(broken, "a"),
+    ):
+        with pytest.raises(pae.StructureError, match="PReLU_0/negative_slope"):
+            call()
+
+
+def test_progress_shows_a_bar_named_after_the_task_and_silence_shows_none(net, packed, data, adam, capfd, quick_fit):
+    quick_fit(packed, "a")
+    assert capfd.readouterr().err == ""
+    pae.fit(net, packed, "a", data, optimizer=adam, epochs=1, batch_size=8, key=jax.random.key(0))
+    assert "fit a" in capfd.readouterr().err
+
+
+# evaluate
+
+
+def test_evaluate_counts_every_example_once_whatever_the_batch_size(net, second, data):
+    logits = np.asarray(pae.predict(net, second, "b", data[0]))
+    right = (logits.argmax(-1) == data[1]).mean()
+    for size in (1, 7, 16, 39, 40, 41, 256):
+        scores = pae.evaluate(net, second, "b", data, batch_size=size)
+        assert list(scores) == ["accuracy", "loss", "count"]
+        assert scores["count"] == 40
+        assert scores["accuracy"] == pytest.approx(right, abs=1e-12)
+        assert scores["loss"] == pytest.approx(softmax_loss(logits, data[1]), rel=1e-5)
+
+
+def test_evaluate_reads_ragged_batches_of_any_source_like_arrays(net, second, data):
+    x, y = data
+    cuts = [(0, 5), (5, 25), (25, 26), (26, 40)]
+    batches = [{"image": x[a:b], "label": y[a:b]} for a, b in cuts]
+    wanted = pae.evaluate(net, second, "b", data)
+    for source in (batches, lambda epoch: iter(batches), tuple(batches)):
+        scores = pae.evaluate(net, second, "b", source)
+        assert scores["count"] == 40
+        assert scores["accuracy"] == pytest.approx(wanted["accuracy"])
+        assert scores["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def test_evaluate_weights_the_filling_of_the_last_batch_with_zero_even_if_its_loss_is_not_finite(net, second, data):
+    """The filling repeats the batch's first example; here that example's loss is infinite, and it counts once."""
+    x, _ = data
+
+    def loss(logits, labels):
+        return jnp.where(labels == 7.0, jnp.inf, 0.0) + 0.0 * logits[:, 0]
+
+    labels = np.zeros(40, np.float32)
+    assert pae.evaluate(net, second, "b", (x, labels), batch_size=16, loss=loss)["loss"] == 0.0
+    labels[32] = 7.0
+    assert pae.evaluate(net, second, "b", (x, labels), batch_size=16, loss=loss)["loss"] == np.inf
+
+
+def test_evaluate_of_float_targets_gives_no_accuracy(net, second, data):
+    scores = pae.evaluate(net, second, "b", (data[0], data[1].astype(np.float32)), loss=squared)
+    assert set(scores) == {"loss", "count"}
+    logits = np.asarray(pae.predict(net, second, "b", data[0]))
+    assert scores["loss"] == pytest.approx(float(np.mean((logits[:, 0] - data[1]) ** 2)), rel=1e-5)
+
+
+def test_boolean_labels_are_the_classes_zero_and_one(net, packed, second, data, quick_fit, assert_same):
+    x, y = data
+    as_bool = (x, y.astype(bool))
+    assert pae.evaluate(net, second, "b", as_bool) == pae.evaluate(net, second, "b", data)
+    assert_same(quick_fit(packed, "a", as_bool)[0].shared, quick_fit(packed, "a", data)[0].shared)
+
+
+def test_labels_of_any_integer_type_give_the_same_scores(net, second, data):
+    wanted = pae.evaluate(net, second, "b", data)
+    for dtype in (np.uint8, np.int64, np.int8):
+        assert pae.evaluate(net, second, "b", (data[0], data[1].astype(dtype))) == wanted
+    assert pae.evaluate(net, second, "b", (data[0], data[1].tolist())) == wanted
+    assert pae.evaluate(net, second, "b", {"image": jnp.asarray(data[0]), "label": jnp.asarray(data[1])}) == wanted
+
+
+def test_evaluate_and_predict_refuse_an_unknown_task(net, frozen, data):
+    for call in (
+        lambda: pae.evaluate(net, frozen, "b", data),
+        lambda: pae.predict(net, frozen, "b", data[0]),
+        lambda: pae.features(net, frozen, "b", data[0]),
+        lambda: pae.masks(frozen, "b"),
+        lambda: pae.trainable(frozen, "b"),
+    ):
+        with pytest.raises(pae.UnknownTaskError, match=r"unknown task 'b'; the state has: 'a'. Add it with pae.pack"):
+            call()
+    assert issubclass(pae.UnknownTaskError, KeyError)
+
+
+# predict and features
+
+
+def test_predict_computes_the_model_on_the_visible_weights_and_the_tasks_own_variables(net, third, data, vector_module):
+    state = pae.prune(third, "c", 0.5)
+    for task in "abc":
+        params, entry = logits_of(net, state, task, data[0])
+        variables = {"params": params, "batch_stats": entry.local["batch_stats"]}
+        features = vector_module().apply(variables, data[0], train=False)
+        np.testing.assert_allclose(pae.features(net, state, task, data[0]), features, rtol=1e-5, atol=1e-6)
+        head = entry.head["params"]
+        wanted = features @ head["kernel"] + head["bias"][None]
+        np.testing.assert_allclose(pae.predict(net, state, task, data[0]), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_predict_in_pieces_gives_every_row_once_in_order(net, second, data):
+    whole = pae.predict(net, second, "a", data[0])
+    for size in (1, 7, 40, 64):
+        pieces = pae.predict(net, second, "a", data[0], batch_size=size)
+        assert pieces.shape == whole.shape
+        np.testing.assert_allclose(pieces, whole, rtol=1e-5, atol=1e-6)
+    assert pae.features(net, second, "a", data[0], batch_size=7).shape == (40, 6)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_predict_of_no_examples_is_an_empty_array_of_logits(net, second, data, batch_size):
+    assert pae.predict(net, second, "a", data[0][:0], batch_size=batch_size).shape == (0, 2)
+
+
+BAD_INPUTS = {
+    "wrong shape": (np.zeros((3, 5), np.float32), r"input.*found float32\[3,5\], expected float32\[batch,4\]"),
+    "no batch axis": (
+        np.zeros(4, np.float32),
+        r"found float32\[4\], expected float32\[batch,4\].*batch axis comes first",
+    ),
+    "scalar": (np.float32(1), r"expected float32\[batch,4\]"),
+    "one axis more": (np.zeros((1, 3, 4), np.float32), r"found float32\[1,3,4\]"),
+    "integers for floats": (np.zeros((3, 4), np.uint8), r"found uint8\[3,4\], expected float32.*Convert and scale"),
+    "bool": (np.zeros((3, 4), bool), "found bool"),
+    "complex": (np.zeros((3, 4), np.complex64), "found complex64"),
+    "text": (np.array([["a"] * 4]), "expected float32"),
+    "another tree": ({"image": np.zeros((3, 4), np.float32)}, "input"),
+    "nothing": (None, "input"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_an_input_of_wrong_shape_or_dtype_is_refused_with_what_was_expected(net, packed, quick_fit, name):
+    x, message = BAD_INPUTS[name]
+    labels = np.zeros(3, int)
+    for call in (
+        lambda: pae.predict(net, packed, "a", x),
+        lambda: pae.features(net, packed, "a", x),
+        lambda: pae.evaluate(net, packed, "a", (x, labels)),
+        lambda: quick_fit(packed, "a", (x, labels)),
+    ):
+        with pytest.raises(pae.StructureError, match=message):
+            call()
+
+
+def test_inputs_of_the_same_kind_are_converted(net, second, data, assert_same):
+    wanted = pae.predict(net, second, "a", data[0])
+    assert_same(pae.predict(net, second, "a", data[0].astype(np.float64)), wanted)
+    assert_same(pae.predict(net, second, "a", jnp.asarray(data[0])), wanted)
+    assert pae.predict(net, second, "a", data[0].astype(np.float16)).dtype == jnp.float32
+
+
+class Pair(nn.Module):
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(nn.Dense(4)(x["left"]) + nn.Dense(4, use_bias=False)(x["right"]))
+
+
+def test_inputs_of_a_tree_must_have_equal_lengths_also_in_predict(quick_fit):
+    net = pae.linen(Pair, {"left": jnp.zeros((1, 3)), "right": jnp.zeros((1, 2))})
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    x = {"left": np.zeros((5, 3), np.float32), "right": np.zeros((4, 2), np.float32)}
+    with pytest.raises(pae.DataError, match="x right has 4 examples and y has 5; they must be equal"):
+        quick_fit(state, "a", (x, np.zeros(5, int)), net=net)
+    for size in (None, 2):
+        with pytest.raises(pae.PaeError, match="right"):
+            pae.predict(net, state, "a", x, batch_size=size)
+
+
+def test_a_schedule_that_ends_after_the_last_step_is_refused_before_training(packed, quick_fit):
+    with pytest.raises(pae.ArgumentError, match=r"ends at step 11, but 2 epochs of 5 steps are only 10"):
+        quick_fit(packed, "a", epochs=2, pruning=pae.CubicSchedule(final=0.5, end=11))

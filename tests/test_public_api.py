@@ -1,0 +1,83 @@
+"""What `import pae_jax as pae` offers, and that every public name explains itself."""
+
+import inspect
+import pkgutil
+import re
+
+import pytest
+
+import pae_jax as pae
+
+NAMES = """
+linen nnx init from_variables pack fit prune freeze drop predict features evaluate masks trainable free_fraction
+check verify save load read_metadata report width_for
+State TaskState Growth History Net CubicSchedule
+PaeError ArgumentError CapacityError CheckpointError DataError DivergedError ForgettingError NotPreservableError
+PhaseError StructureError UnknownTaskError
+"""
+MODULES = {"metrics", "models"}
+COMING = {"expand", "widen_maps", "WidenMaps", "Task", "learn", "Run", "baseline"}  # when they have come, into NAMES
+
+public = {name for name in vars(pae) if not name.startswith("_") and not inspect.ismodule(getattr(pae, name))}
+
+
+def test_the_public_names_are_the_documented_ones():
+    names = set(NAMES.split())
+    assert names - public == set()
+    assert public - names <= COMING
+    assert set(dir(pae)) >= MODULES
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", pae.__version__)
+
+
+def test_a_public_name_is_imported_in_the_one_page_under_the_same_name():
+    source = inspect.getsource(pae)
+    for name in public | MODULES:
+        assert re.search(rf"import {name} as {name}$", source, re.MULTILINE), name
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {info.name for info in pkgutil.walk_packages(pae.__path__, "pae_jax.")}
+    functions = {name for name in public if inspect.isfunction(getattr(pae, name))}
+    top = {name.removeprefix("pae_jax.") for name in modules}
+    assert functions & top == set()
+    assert "prune" in functions
+    assert "pruning" in top
+
+
+def sections(thing):
+    return set(
+        re.findall(r"^(Args|Attributes|Returns|Raises|Example|Source)s?:", inspect.getdoc(thing) or "", re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(name for name in public if inspect.isfunction(getattr(pae, name))))
+def test_a_public_function_documents_arguments_result_and_an_example(name):
+    function = getattr(pae, name)
+    found = sections(function)
+    doc = inspect.getdoc(function)
+    returns = inspect.signature(function).return_annotation not in (None, "None")
+    assert "Example" in found
+    if inspect.signature(function).parameters:
+        assert "Args" in found
+    if returns:
+        assert "Returns" in found
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^  \*{{0,2}}{argument}: ", doc, re.MULTILINE), f"{argument} is not documented"
+    assert doc.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in public if inspect.isclass(getattr(pae, name))))
+def test_a_public_class_documents_its_fields(name):
+    kind = getattr(pae, name)
+    doc = inspect.getdoc(kind)
+    assert doc
+    assert doc.splitlines()[0].endswith(".")
+    fields = [f for f in getattr(kind, "__dataclass_fields__", {}) if not f.startswith("_")]
+    for field in fields:
+        assert re.search(rf"^  {field}: ", doc, re.MULTILINE), f"{field} is not documented"
+
+
+def test_every_argument_that_draws_random_numbers_is_an_explicit_key():
+    for name in ("init", "pack", "fit"):
+        parameter = inspect.signature(getattr(pae, name)).parameters["key"]
+        assert parameter.default is inspect.Parameter.empty
