@@ -23,12 +23,12 @@ from pae_jax.errors import PaeError as PaeError
 from pae_jax.errors import PhaseError as PhaseError
 from pae_jax.errors import StructureError as StructureError
 from pae_jax.errors import UnknownTaskError as UnknownTaskError
+from pae_jax.evaluation import evaluate as evaluate
+from pae_jax.evaluation import features as features
+from pae_jax.evaluation import predict as predict
 from pae_jax.expansion import expand as expand
 from pae_jax.fitting import History as History
-from pae_jax.fitting import evaluate as evaluate
-from pae_jax.fitting import features as features
 from pae_jax.fitting import fit as fit
-from pae_jax.fitting import predict as predict
 from pae_jax.lifecycle import drop as drop
 from pae_jax.lifecycle import freeze as freeze
 from pae_jax.lifecycle import from_variables as from_variables
