@@ -96,6 +96,21 @@ def bodies(params: Mapping[str, Any]) -> Iterator[tuple[str, Body]]:
                 yield name, body(item)
 
 
+def scan_counts(equation: Equation, inner: Body) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are its carry; slices of the others go round.
+
+    The parameters that say so differ between JAX versions, shapes do not: a scanned operand or stacked result has one
+    axis more than the body's variable, a constant or a carry has the same.
+    """
+
+    def same_rank(outer: Any, variable: Any) -> bool:
+        return len(outer.aval.shape) == len(variable.aval.shape)
+
+    whole = sum(map(same_rank, equation.invars, inner.invars))
+    carry = sum(map(same_rank, equation.outvars, inner.outvars))
+    return whole - carry, carry
+
+
 def text(value: Any) -> str | None:
     """A jaxpr and its constants as text, to compare two of them; None for anything else."""
     if isinstance(value, ClosedJaxpr):

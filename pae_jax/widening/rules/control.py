@@ -75,10 +75,12 @@ def _joint(step: Step, terms: Sequence[Term]) -> Term:
 @rule("scan", may_differ=("jaxpr", "_split_transpose"))
 def scan(step: Step, operands: Sequence[Value]) -> list[Value]:
     """Carry axes start undecided and are unified with what one round makes of them."""
-    consts_count, carry_count = step.params["num_consts"], step.params["num_carry"]
+    ((narrow, wide),) = _bodies(step)
+    consts_count, carry_count = programs.scan_counts(step.narrow, narrow)
+    if programs.scan_counts(step.wide, wide) != (consts_count, carry_count):
+        raise step.mismatch("another carry", f"{carry_count} arrays")
     consts, start = operands[:consts_count], operands[consts_count : consts_count + carry_count]
     slices = [_first(step, value) for value in operands[consts_count + carry_count :]]
-    ((narrow, wide),) = _bodies(step)
 
     def once(carry: Sequence[Value]) -> tuple[list[Value], list[Value]]:
         results = step.walk(step, narrow, wide, [*consts, *carry, *slices])
