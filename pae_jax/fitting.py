@@ -191,10 +191,10 @@ class _Fit:
 
     def _start(self, opt_state: Any) -> Carry:
         parts = (self.state.shared, self.entry.local, self.entry.head)
-        initial = jax.eval_shape(self.init_optimizer, *parts, self.owner, self.task_id)
         if opt_state is None:
             opt_state = self.init_optimizer(*parts, self.owner, self.task_id)
         else:
+            initial = jax.eval_shape(self.init_optimizer, *parts, self.owner, self.task_id)
             hint = "It must come from a fit with the same optimizer, width and head."
             opt_state = jax.tree.map(jnp.asarray, opt_state)
             require_match("opt_state", abstract(opt_state), abstract(initial), hint)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from pae_jax import heads, ownership, verification
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError, StructureError
@@ -54,7 +55,8 @@ def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> 
 
     Args:
       net: from `pae.linen` or `pae.nnx`.
-      variables: `{collection: nested dict}` of the backbone, in its own shapes and dtypes.
+      variables: `{collection: nested dict}` of the backbone, in its own shapes and dtypes; for NNX, `nnx.Param` under
+        "params" and `nnx.BatchStat` under "batch_stats".
       width: channel factor the variables belong to.
 
     Returns:
@@ -78,8 +80,9 @@ def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> 
     if not isinstance(variables, Mapping):
         raise StructureError("variables", "", type(variables).__name__, "{collection: nested dict}")
     hint = "The variables must come from the same model at the same width."
-    require_match("variables", dict(variables), merge(layout.shared, layout.local), hint)
-    shared, local = net.split(dict(variables))
+    plain = unfreeze(dict(variables))
+    require_match("variables", plain, merge(layout.shared, layout.local), hint)
+    shared, local = net.split(plain)
     shared, local = (jax.tree.map(jnp.array, tree) for tree in (shared, local))
     return State(shared=shared, owner=_all_free(shared), tasks={}, width=width, local=local)
 

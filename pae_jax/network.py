@@ -153,16 +153,12 @@ def abstract_sample(sample: Tree) -> Tree:
 
     NumPy's float64 and int64 become what JAX would make of them.
     """
-    leaves = jax.tree.leaves(sample)
-    if not leaves or any(len(np.shape(leaf)) < 1 for leaf in leaves):
-        raise StructureError("sample", "", [np.shape(leaf) for leaf in leaves], "arrays with a leading batch axis", "")
+    arrays = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), sample)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(arrays)]
+    if not shapes or not all(shapes):
+        raise StructureError("sample", "", shapes, "arrays with a leading batch axis")
     return jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(jnp.asarray(leaf).dtype))
-            if not hasattr(leaf, "dtype")
-            else jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-        ),
-        sample,
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)), arrays
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 
 import pae_jax as pae
 from pae_jax.trees import flatten
@@ -88,6 +89,10 @@ def test_a_pretrained_layer_of_zeros_stays_a_layer_of_zeros(net, pretrained, ass
     for option in ("zeros", "fresh"):
         packed = pae.pack(net, state, "a", head=2, key=jax.random.key(1), reclaim_init=option)
         assert_same(packed.shared, state.shared)
+
+
+def test_frozen_dicts_of_variables_are_taken_too(net, pretrained, assert_same):
+    assert_same(pae.from_variables(net, freeze(pretrained)).shared, pae.from_variables(net, pretrained).shared)
 
 
 def test_the_callers_variables_are_copied_not_taken(net, pretrained, quick_fit):
