@@ -81,7 +81,7 @@ def _pruning(stages: list[dict[str, Any]]) -> Figure:
             axes.plot(pruned, [point[part] for point in stage["curve"]], style, label=part, markersize=4)
         losses = axes.twinx()
         losses.plot(pruned, [point["val_loss"] for point in stage["curve"]], "0.6", linewidth=1)
-        losses.set(ylim=(0, 1))
+        losses.set(yscale="log", ylim=(1e-4, 2))
         losses.tick_params(labelsize=7, colors="0.5")
         axes.set(ylim=(0.45, 1.03))
         axes.set_title(stage["group"], fontsize=9)
