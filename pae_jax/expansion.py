@@ -13,7 +13,7 @@ from pae_jax import ownership, training
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.network import Net, as_key, check_width
 from pae_jax.state import Growth, State, newest
-from pae_jax.trees import PARAMS, Tree, merge
+from pae_jax.trees import PARAMS, Tree, merge, path_name
 from pae_jax.widening import WidenMaps, widen_maps
 
 
@@ -154,8 +154,8 @@ def _zero_leaves(local: Tree, maps: WidenMaps) -> Tree:
     """Put 0 in the leaves whose new entries the analysis needs at 0: weights, and those it names."""
 
     def leaf(path: Any, value: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jnp.zeros_like(value) if value.ndim >= 2 or name in maps.zero_leaves else value
+        zero = value.ndim >= 2 or path_name(path) in maps.zero_leaves
+        return jnp.zeros_like(value) if zero else value
 
     return jax.tree_util.tree_map_with_path(leaf, local)
 

@@ -18,10 +18,14 @@ PARAMS = "params"
 """Name of the collection that the optimizer trains, in Linen and, by our NNX adapter, in NNX."""
 
 
+def path_name(path: Any) -> str:
+    """Return a key path as text, `"params/Conv_0/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Return `{path: leaf}` in path order, paths joined by "/" (`"Conv_0/kernel"`)."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """Return `{path: leaf}` in flattening order, paths as text."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def describe(leaf: Any) -> str:

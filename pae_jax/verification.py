@@ -13,13 +13,24 @@ import numpy as np
 from pae_jax import heads, ownership
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, names
-from pae_jax.trees import describe, flatten, require_match
+from pae_jax.trees import describe, flatten
 
 
 def require_owner(state: State) -> None:
-    """Raise `StructureError` unless the owners are int8 arrays parallel to the shared weights."""
-    wanted = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.int8), state.shared)
-    require_match("owner", state.owner, wanted, "Owner ids are parallel to the shared weights.")
+    """Raise `StructureError` unless the weights are floats and the owners int8 arrays parallel to them."""
+    shared, owner = flatten(state.shared), flatten(state.owner)
+    for path in sorted(shared.keys() | owner.keys()):
+        if path not in owner:
+            raise StructureError("owner", path, "nothing", f"int8 of shape {shared[path].shape}")
+        if path not in shared:
+            raise StructureError("shared", path, "nothing", f"weights of shape {owner[path].shape}")
+        weight, ids = shared[path], owner[path]
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise StructureError("shared", path, describe(weight), "a float array")
+        if ids.dtype != jnp.int8 or ids.shape != weight.shape:
+            raise StructureError("owner", path, describe(ids), f"int8 of shape {weight.shape}")
+    if jax.tree.structure(state.shared) != jax.tree.structure(state.owner):
+        raise StructureError("owner", "", jax.tree.structure(state.owner), jax.tree.structure(state.shared))
 
 
 def array_digest(*arrays: Any) -> str:
@@ -117,20 +128,8 @@ def check(state: State) -> None:
 
 
 def _check_trees(state: State) -> None:
-    shared, owner = flatten(state.shared), flatten(state.owner)
-    for path in sorted(shared.keys() | owner.keys()):
-        if path not in owner:
-            raise StructureError("owner", path, "nothing", f"int8 of shape {shared[path].shape}")
-        if path not in shared:
-            raise StructureError("shared", path, "nothing", f"weights of shape {owner[path].shape}")
-        weight, ids = shared[path], owner[path]
-        if not jnp.issubdtype(weight.dtype, jnp.floating):
-            raise StructureError("shared", path, describe(weight), "a float array")
-        if ids.dtype != jnp.int8 or ids.shape != weight.shape:
-            raise StructureError("owner", path, describe(ids), f"int8 of shape {weight.shape}")
-    if jax.tree.structure(state.shared) != jax.tree.structure(state.owner):
-        raise StructureError("owner", "", jax.tree.structure(state.owner), jax.tree.structure(state.shared))
-    for path, ids in owner.items():
+    require_owner(state)
+    for path, ids in flatten(state.owner).items():
         if not ids.size:
             continue
         low, high = int(ids.min()), int(ids.max())

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
+from pae_jax.models.scaling import scaled
+
 
 class MLP(nn.Module):
     """Dense layers with ReLU; the backbone of the shortest examples.
@@ -33,5 +35,5 @@ class MLP(nn.Module):
         """Map inputs (batch, ...) to features (batch, floor(hidden[-1] * width))."""
         x = x.reshape(x.shape[0], -1)
         for units in self.hidden:
-            x = nn.relu(nn.Dense(int(units * self.width))(x))
+            x = nn.relu(nn.Dense(scaled(units, self.width))(x))
         return x

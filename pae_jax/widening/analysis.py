@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.trees import flatten
 from pae_jax.widening import programs
 from pae_jax.widening.axismaps import ArrayMap, AxisMap
 from pae_jax.widening.maps import WidenMaps
 from pae_jax.widening.ranges import NOT_NEGATIVE, UNKNOWN, ZERO, Range
 from pae_jax.widening.terms import Clash, Term, given, index_map, opened
-from pae_jax.widening.trees import leaf_paths, skeleton
+from pae_jax.widening.trees import skeleton
 from pae_jax.widening.values import Reason, Value, unchanged
 from pae_jax.widening.walk import walk
 
@@ -71,7 +72,7 @@ def widen_maps(
       >>> maps["b"].axes[0].index.tolist()  # the two old hidden units, then x after the four wide ones
       [0, 1, 4, 5, 6]
     """
-    narrow, wide = leaf_paths(narrow_vars), leaf_paths(wide_vars)
+    narrow, wide = flatten(narrow_vars), flatten(wide_vars)
     _same_tree(narrow, wide)
     leaves = _leaf_axes(narrow, wide, _checked(overrides or {}, narrow, wide))
     programs_ = (programs.trace(narrow_fn, narrow_vars, *sample), programs.trace(wide_fn, wide_vars, *sample))

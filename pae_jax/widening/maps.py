@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from pae_jax.errors import StructureError
+from pae_jax.trees import path_name
 from pae_jax.widening import serial
 from pae_jax.widening.axismaps import ArrayMap
 from pae_jax.widening.report import WidenReport
-from pae_jax.widening.trees import Skeleton, path_name, rebuild
+from pae_jax.widening.trees import Skeleton, rebuild
 from pae_jax.widening.values import Reason
 
 

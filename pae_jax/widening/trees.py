@@ -1,4 +1,4 @@
-"""Pytrees by key path, and their outline as plain nested tuples."""
+"""The outline of a pytree as plain nested tuples."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from typing import Any
 
 import jax
 
+from pae_jax.trees import path_name
+
 Skeleton = tuple[Any, ...]
-
-
-def path_name(path: Any) -> str:
-    """A key path as "params/Conv_0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leaf_paths(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in flattening order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def skeleton(tree: Any) -> Skeleton:
