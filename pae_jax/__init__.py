@@ -29,6 +29,7 @@ from pae_jax.evaluation import predict as predict
 from pae_jax.expansion import expand as expand
 from pae_jax.fitting import History as History
 from pae_jax.fitting import fit as fit
+from pae_jax.judging import Plateau as Plateau
 from pae_jax.lifecycle import drop as drop
 from pae_jax.lifecycle import freeze as freeze
 from pae_jax.lifecycle import from_variables as from_variables
@@ -39,6 +40,7 @@ from pae_jax.network import width_for as width_for
 from pae_jax.ownership import free_fraction as free_fraction
 from pae_jax.ownership import masks as masks
 from pae_jax.ownership import trainable as trainable
+from pae_jax.picking import Picking as Picking
 from pae_jax.pruning import CubicSchedule as CubicSchedule
 from pae_jax.pruning import prune as prune
 from pae_jax.reporting import report as report

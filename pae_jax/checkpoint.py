@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pae_jax import heads, ownership, verification
+from pae_jax import heads, ownership, picking, verification
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.network import Net
+from pae_jax.picking import Picking
 from pae_jax.state import Growth, State, TaskState, names
 from pae_jax.trees import Tree, abstract, describe, flatten, require_match
 from pae_jax.widening import WidenMaps
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FORMAT = "pae_jax stage"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -136,17 +138,37 @@ def _arrays(state: State) -> Tree:
         "shared": state.shared,
         "owner": state.owner,
         "local": state.local or {},
-        "tasks": {str(entry.id): {"local": entry.local, "head": entry.head} for entry in state.tasks.values()},
+        "tasks": {
+            str(entry.id): {"local": entry.local, "head": entry.head, "pick": _stored_pick(state, entry)}
+            for entry in state.tasks.values()
+        },
     }
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(parts))
 
 
+def _stored_pick(state: State, entry: TaskState) -> Tree:
+    """Return the picks of a task as they are stored: scores as they are, signs as bits; {} if there are none."""
+    if entry.pick is None:
+        return {}
+    if not entry.frozen:
+        return entry.pick
+    if isinstance(entry.pick, jax.ShapeDtypeStruct):  # of a template: the bits, whose number only the stage knows
+        return entry.pick
+    return picking.to_bits(entry.pick, ownership.at_width(state, state.owner, entry.width), entry.id)
+
+
 def _join(template: State, arrays: Tree) -> State:
     """Put loaded arrays in the places of a template."""
+    owners = template.replace(owner=arrays["owner"])
 
     def task(entry: TaskState) -> TaskState:
         parts = arrays.get("tasks", {}).get(str(entry.id), {})
-        return entry.replace(local=parts.get("local", {}), head=parts.get("head", {}))
+        pick = parts.get("pick")
+        if pick is not None and entry.frozen:
+            owner = ownership.at_width(owners, owners.owner, entry.width)
+            assert entry.picking is not None
+            pick = picking.from_bits(np.asarray(pick), owner, entry.id, entry.picking.ternary)
+        return entry.replace(local=parts.get("local", {}), head=parts.get("head", {}), pick=pick)
 
     return template.replace(
         shared=arrays["shared"],
@@ -167,6 +189,7 @@ def _describe(state: State, arrays: Tree, extra: dict[str, Any]) -> dict[str, An
                 "name": name,
                 "width": entry.width,
                 "sharing": entry.sharing,
+                "picking": None if entry.picking is None else asdict(entry.picking),
                 "head": heads.describe(entry.head_spec),
                 "phase": entry.phase,
                 "weights": int(own.sum()),
@@ -241,13 +264,17 @@ def _template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
         if heads.describe(spec) != entry["head"]:
             raise StructureError(f"head of task {entry['name']!r}", "", heads.describe(spec), entry["head"])
         variables, _ = heads.layout(net, spec, entry["width"])
+        parts = net.layout(entry["width"])
+        rule = None if entry.get("picking") is None else Picking(**entry["picking"])
         tasks[entry["name"]] = TaskState(
-            local=net.layout(entry["width"]).local,
+            local=parts.local,
             head=variables,
             id=entry["id"],
             width=entry["width"],
             head_spec=spec,
             sharing=entry["sharing"],
+            picking=rule,
+            pick=_pick_template(info, entry, parts.shared),
             digests=None if entry["digests"] is None else tuple(entry["digests"].items()),
         )
     if modules:
@@ -260,6 +287,14 @@ def _template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
         growth=tuple(_growth(record) for record in info["growth"]),
         local=abstract(layout.local) if info["pretrained_local"] else None,
     )
+
+
+def _pick_template(info: dict[str, Any], entry: dict[str, Any], shared: Tree) -> Tree:
+    bits = info["arrays"].get(f"tasks/{entry['id']}/pick")
+    if bits is not None:
+        return jax.ShapeDtypeStruct(tuple(bits["shape"]), bits["dtype"])
+    scored = any(path.startswith(f"tasks/{entry['id']}/pick/") for path in info["arrays"])
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, "float32"), shared) if scored else None
 
 
 def _growth(record: dict[str, Any]) -> Growth:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from tqdm import tqdm
 from pae_jax import heads, ownership, training
 from pae_jax.batching import Feed, feed
 from pae_jax.errors import ArgumentError, DivergedError, StructureError
-from pae_jax.evaluation import EVAL_BATCH, evaluate_feed, require_own_net
+from pae_jax.evaluation import EVAL_BATCH, require_own_net
+from pae_jax.judging import Judge, Plateau
 from pae_jax.network import Net, as_inputs, as_key
 from pae_jax.pruning import CubicSchedule, Room, check_choice
 from pae_jax.state import State, TaskState, find_trainable
-from pae_jax.training import Carry, Loss, softmax_cross_entropy
+from pae_jax.training import PARTS, Augment, Carry, Loss, OptStates, Rule, softmax_cross_entropy
 from pae_jax.trees import abstract, require_match
 
 
@@ -30,19 +31,13 @@ class History:
       rows: one dict per epoch: `epoch` (from 1), `loss` (mean over the steps), and with validation data `val_loss`
         and `val_accuracy`.
       kept_epoch: epoch whose weights were returned.
-      opt_state: state of the optimizer at the end; hand it to another `fit` as `opt_state=` to go on. None after a
-        divergence.
+      opt_state: state of the optimizer at the end, `OptStates` of both where picks were trained; hand it to another
+        `fit` as `opt_state=` to go on. None after a divergence.
     """
 
     rows: tuple[dict[str, float], ...]
     kept_epoch: int
     opt_state: Any
-
-
-class _Snapshot(NamedTuple):
-    score: tuple[float, float]
-    epoch: int
-    state: State
 
 
 def fit(
@@ -57,8 +52,13 @@ def fit(
     batch_size: int = 32,
     val: Any = None,
     loss: Loss | None = None,
+    augment: Augment | None = None,
     pruning: CubicSchedule | None = None,
+    pick_optimizer: Any = None,
+    parts: Collection[Literal["shared", "local", "head"]] = PARTS,
     keep: Literal["last", "best"] = "last",
+    score: Callable[[State], float] | None = None,
+    plateau: Plateau | None = None,
     opt_state: Any = None,
     progress: bool = True,
 ) -> tuple[State, History]:
@@ -81,9 +81,17 @@ def fit(
       batch_size: examples per step when `train` is arrays; fewer if there are fewer.
       val: validation data in the same forms, evaluated after every epoch.
       loss: `(logits, y) -> losses`, one per example or their mean; default softmax cross-entropy of integer labels.
+      augment: `(key, x) -> x`, compiled into the step: random crops and flips on the device.
       pruning: releases weights while training, after the steps that the schedule names.
+      pick_optimizer: optax transformation over the scores of older weights, for a task of sharing "picked"; None
+        leaves its picks as they are.
+      parts: what is trained. Without "local", biases and norms stay as they are and the backbone runs as in
+        evaluation (PackNet, Piggyback); `("head",)` trains a new head on fixed features.
       keep: "last" returns the last epoch's weights, "best" those of the epoch with the highest validation accuracy,
         the lowest validation loss on ties, among the epochs after the end of `pruning`.
+      score: `state -> float`, higher is better: ranks the epochs in place of validation accuracy. It must not keep
+        the state.
+      plateau: lowers the rate by the score of the epochs; needs keep="best".
       opt_state: state of the same optimizer to go on with; None starts afresh.
       progress: show a progress bar.
 
@@ -108,13 +116,25 @@ def fit(
     """
     entry = find_trainable(state, task, "fit")
     check_choice("keep", keep, ("last", "best"))
+    for part in parts:
+        check_choice("parts", part, PARTS)
     if isinstance(epochs, bool) or not isinstance(epochs, (int, np.integer)) or epochs < 0:
         raise ArgumentError(f"epochs must be an integer of at least 0, found {epochs!r}")
-    if keep == "best" and val is None:
-        raise ArgumentError("keep='best' chooses by validation data; pass val=")
+    if keep == "best" and val is None and score is None:
+        raise ArgumentError("keep='best' chooses by validation data; pass val= or score=")
+    if plateau is not None and keep != "best":
+        raise ArgumentError("plateau goes back to the best epoch; it needs keep='best'")
+    if pick_optimizer is not None and entry.pick is None:
+        raise ArgumentError(
+            f"pick_optimizer trains picks, but task {task!r} has none: pack it with sharing='picked', and not first"
+        )
+    if not parts and pick_optimizer is None:
+        raise ArgumentError("parts is empty and there is no pick_optimizer: nothing would be trained")
     require_own_net(net, state, entry)
-    tx = _transformation(optimizer)
     objective = loss or softmax_cross_entropy
+    pick_tx = None if pick_optimizer is None else _transformation(pick_optimizer)
+    ordered = tuple(part for part in PARTS if part in parts)
+    rule = Rule(_transformation(optimizer), objective, pick_tx, augment, ordered)
     _, logits = heads.layout(net, entry.head_spec, entry.width)
     batches = feed(net, train, logits, batch_size, class_labels=loss is None)
     if pruning and batches.steps is not None and pruning.end > batches.steps * epochs:
@@ -123,8 +143,9 @@ def fit(
             f"{batches.steps * epochs}; its final fraction would not be reached. Lower `end` or train longer."
         )
     val_feed = None if val is None else feed(net, val, logits, EVAL_BATCH, class_labels=loss is None)
-    return _Fit(net, state, task, entry, tx, objective, pruning, as_key(key)).run(
-        batches, val_feed, int(epochs), keep, opt_state, progress
+    judge = Judge(net, task, val_feed, objective, score, keep == "best", plateau)
+    return _Fit(net, state, task, entry, rule, pruning, as_key(key)).run(
+        batches, judge, int(epochs), opt_state, progress
     )
 
 
@@ -137,26 +158,22 @@ class _Fit:
         state: State,
         task: str,
         entry: TaskState,
-        tx: Any,
-        loss: Loss,
+        rule: Rule,
         pruning: CubicSchedule | None,
         key: jax.Array,
     ):
-        self.net, self.state, self.task, self.entry, self.loss = net, state, task, entry, loss
-        self.pruning, self.tx = pruning, tx
+        self.net, self.state, self.task, self.entry = net, state, task, entry
+        self.pruning, self.rule = pruning, rule
         self.owner = state.owner
         self.room = Room(state.owner, entry.id, pruning.scope) if pruning else None
         self.task_id = ownership.id_array(entry.id)
         self.shuffle_key, self.step_key = jax.random.split(key)
-        self.step = training.train_step(net, entry, tx, loss)
-        self.init_optimizer = training.optimizer_init(net, tx)
+        self.step = training.train_step(net, entry, rule)
+        self.init_optimizer = training.optimizer_init(net, rule)
 
-    def run(
-        self, batches: Feed, val: Feed | None, epochs: int, keep: str, opt_state: Any, progress: bool
-    ) -> tuple[State, History]:
+    def run(self, batches: Feed, judge: Judge, epochs: int, opt_state: Any, progress: bool) -> tuple[State, History]:
         carry = self._start(opt_state)
         rows: list[dict[str, float]] = []
-        best: _Snapshot | None = None
         taken = 0
         total = None if batches.steps is None else batches.steps * epochs
         with tqdm(total=total, desc=f"fit {self.task}", unit="step", disable=not progress, leave=False) as bar:
@@ -175,33 +192,39 @@ class _Fit:
                 if bad >= 0:
                     history = History(tuple(rows), epoch, None)
                     raise DivergedError(self.task, bad, self._state(carry), history)
-                if val is not None:
-                    scores = evaluate_feed(self.net, self._state(carry), self.task, val, self.loss)
-                    row |= {f"val_{name}": value for name, value in scores.items() if name != "count"}
-                    best = self._better(best, row, carry, taken) if keep == "best" else None
+                row |= judge.measure(self._state(carry))
                 rows.append(row)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
                 carry = carry._replace(loss_sum=jnp.zeros((), jnp.float32))
+                if judge.keeps and not (self.pruning and taken < self.pruning.end):
+                    judge.consider(row, carry, self._state(carry))
+                    resumed = judge.slow_down(carry)
+                    if resumed is None:
+                        break
+                    carry = resumed
         # Tracing may rewrite a schedule's closure, optax.cosine_decay_schedule does; its new key leads here as well.
-        training.train_step(self.net, self.entry, self.tx, self.loss, known=self.step)
-        training.optimizer_init(self.net, self.tx, known=self.init_optimizer)
-        if best is not None:
-            return best.state, History(tuple(rows), best.epoch, carry.opt_state)
-        return self._state(carry), History(tuple(rows), epochs, carry.opt_state)
+        training.train_step(self.net, self.entry, self.rule, known=self.step)
+        training.optimizer_init(self.net, self.rule, known=self.init_optimizer)
+        last = carry.opt_state if self.rule.pick_tx is not None else carry.opt_state.weights
+        if judge.best is not None:
+            return judge.best.state, History(tuple(rows), judge.best.epoch, last)
+        return self._state(carry), History(tuple(rows), len(rows), last)
 
     def _start(self, opt_state: Any) -> Carry:
-        parts = (self.state.shared, self.entry.local, self.entry.head)
+        parts = (self.state.shared, self.entry.local, self.entry.head, self.entry.pick)
         if opt_state is None:
             opt_state = self.init_optimizer(*parts, self.owner, self.task_id)
         else:
             initial = jax.eval_shape(self.init_optimizer, *parts, self.owner, self.task_id)
             hint = "It must come from a fit with the same optimizer, width and head."
+            opt_state = opt_state if isinstance(opt_state, OptStates) else OptStates(opt_state)
             opt_state = jax.tree.map(jnp.asarray, opt_state)
             require_match("opt_state", abstract(opt_state), abstract(initial), hint)
         zero = jnp.zeros((), jnp.int32)
         # The steps overwrite their operands in place; the caller's arrays must survive.
         mine = jax.tree.map(jnp.copy, (*parts, opt_state))
-        return Carry(*mine, step=zero, bad_step=zero - 1, loss_sum=jnp.zeros((), jnp.float32))
+        none = jnp.zeros((), jnp.float32)
+        return Carry(*mine, rate=none + 1, step=zero, bad_step=zero - 1, loss_sum=none)
 
     def _release(self, carry: Carry, step: int) -> Carry:
         assert self.pruning and self.room
@@ -209,18 +232,8 @@ class _Fit:
         return carry._replace(shared=shared)
 
     def _state(self, carry: Carry) -> State:
-        entry = self.entry.replace(local=carry.local, head=carry.head)
+        entry = self.entry.replace(local=carry.local, head=carry.head, pick=carry.pick)
         return self.state.replace(shared=carry.shared, owner=self.owner, tasks={**self.state.tasks, self.task: entry})
-
-    def _better(self, best: _Snapshot | None, row: dict[str, float], carry: Carry, taken: int) -> _Snapshot | None:
-        if self.pruning and taken < self.pruning.end:
-            return best
-        loss = row["val_loss"]
-        score = (row.get("val_accuracy", 0.0), -math.inf if math.isnan(loss) else -loss)
-        if best is not None and score <= best.score:
-            return best
-        copy = carry._replace(**jax.tree.map(jnp.copy, {k: getattr(carry, k) for k in ("shared", "local", "head")}))
-        return _Snapshot(score, int(row["epoch"]), self._state(copy))
 
 
 def _transformation(optimizer: Any) -> Any:

@@ -14,6 +14,7 @@ from pae_jax import heads, ownership, verification
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError, StructureError
 from pae_jax.fingerprint import fingerprint
 from pae_jax.network import Net, as_key, check_width, zeros
+from pae_jax.picking import Picking, settle
 from pae_jax.pruning import check_choice
 from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, names, newest
 from pae_jax.trees import Tree, merge, require_match
@@ -94,7 +95,8 @@ def pack(
     *,
     head: Any,
     key: jax.Array,
-    sharing: Literal["all", "first"] = "all",
+    sharing: Literal["all", "first", "picked"] = "all",
+    picking: Picking | None = None,
     norm_init: Literal["fresh", "inherit"] = "fresh",
     reclaim_init: Literal["zeros", "fresh"] = "zeros",
     allow_empty: bool = False,
@@ -109,7 +111,9 @@ def pack(
       task: name, not used before.
       head: number of classes, for a linear layer on the features, or a Flax module called on the features.
       key: random key; draws local variables and head.
-      sharing: which older weights the task sees: "all", or "first" (those of task 1 only).
+      sharing: which older weights the task sees: "all", "first" (those of task 1 only), or "picked" (those that it
+        learns to pick, all of them at first; train the picks by `fit(pick_optimizer=)`).
+      picking: threshold and kind of the picks with sharing "picked"; None takes the published one.
       norm_init: local variables (norm scales and statistics, biases) start "fresh" (PAE), or "inherit" a copy of the
         newest task's (CPG). The first task of a pretrained network starts from the pretrained ones.
       reclaim_init: weights that an older task gave back start at "zeros", so that the task's first function uses
@@ -139,6 +143,8 @@ def pack(
     """
     _check_new_task(state, task, head)
     check_choice("sharing", sharing, SHARING)
+    if picking is not None and sharing != "picked":
+        raise ArgumentError(f"picking needs sharing='picked', found sharing={sharing!r}")
     check_choice("norm_init", norm_init, ("fresh", "inherit"))
     check_choice("reclaim_init", reclaim_init, ("zeros", "fresh"))
     require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
@@ -152,6 +158,7 @@ def pack(
         )
     local_key, head_key, weight_key = jax.random.split(as_key(key), 3)
     shared = _reclaimed(net, state, weight_key, fresh=reclaim_init == "fresh")
+    rule = (picking or Picking()) if sharing == "picked" else None
     entry = TaskState(
         local=_starting_local(net, state, local_key, norm_init),
         head=_initial_head(net, head, head_key, state.width),
@@ -159,6 +166,8 @@ def pack(
         width=state.width,
         head_spec=head,
         sharing=sharing,
+        picking=rule,
+        pick=rule.scores(shared) if rule is not None and state.tasks else None,
     )
     owner = ownership.claim(state.owner, ownership.id_array(task_id))
     return state.replace(shared=shared, owner=owner, tasks={**state.tasks, task: entry}, local=None)
@@ -166,6 +175,8 @@ def pack(
 
 def freeze(state: State, task: str) -> State:
     """Make a task permanent: nothing of it can change from now on, and its digest is recorded.
+
+    The scores of picks become signs, 1 bit each.
 
     Args:
       state: the network.
@@ -187,6 +198,9 @@ def freeze(state: State, task: str) -> State:
     """
     entry = find_trainable(state, task, "freeze")
     verification.require_owner(state)
+    signs = ownership.signs(entry)
+    if signs is not None:
+        entry = entry.replace(pick=settle(signs, state.owner, ownership.id_array(entry.id)))
     entry = entry.replace(digests=verification.task_digests(state, entry))
     return state.replace(tasks={**state.tasks, task: entry})
 

@@ -6,13 +6,13 @@ the tasks disjoint by construction; there is no second mask that could disagree.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax import picking
 from pae_jax.state import State, TaskState, find
 from pae_jax.trees import PARAMS, Tree, flatten
 
@@ -24,11 +24,14 @@ def id_array(task_id: int) -> jax.Array:
     return jnp.asarray(task_id, jnp.int8)
 
 
-def visible(owner: Tree, task_id: jax.Array, sharing: str) -> Tree:
+def visible(owner: Tree, task_id: jax.Array, sharing: str, signs: Tree | None = None) -> Tree:
     """Return the bool tree of the weights that take part in a task's forward pass.
 
-    `1 <= owner <= k` with sharing "all", `owner in {1, k}` with sharing "first".
+    `1 <= owner <= k` with sharing "all", `owner in {1, k}` with sharing "first"; with signs, `owner == k` and the
+    older weights whose sign is not 0.
     """
+    if signs is not None:
+        return jax.tree.map(lambda o, s: (o == task_id) | ((o > FREE) & (o < task_id) & (s != 0)), owner, signs)
     if sharing == "first":
         return jax.tree.map(lambda o: (o == 1) | (o == task_id), owner)
     return jax.tree.map(lambda o: (o > FREE) & (o <= task_id), owner)
@@ -70,9 +73,26 @@ def counts(owner: Tree, task_id: jax.Array) -> tuple[jax.Array, jax.Array]:
     return per_leaf(task_id), per_leaf(FREE)
 
 
-@partial(jax.jit, static_argnames="sharing")
-def _visible_weights(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str) -> Tree:
-    return select(visible(owner, task_id, sharing), shared)
+def effective(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str, factors: Tree | None = None) -> Tree:
+    """Return the weights a task computes with: the visible ones, and 0 elsewhere.
+
+    Args:
+      shared: weights.
+      owner: parallel owner ids.
+      task_id: int8 scalar.
+      sharing: rule of the task.
+      factors: with picks, what each older weight is multiplied with: signs, or their straight-through factors.
+    """
+    if factors is None:
+        return select(visible(owner, task_id, sharing), shared)
+
+    def leaf(w: jax.Array, own: jax.Array, old: jax.Array, factor: jax.Array) -> jax.Array:
+        return jnp.where(own, w, jnp.where(old, w * factor.astype(w.dtype), jnp.zeros((), w.dtype)))
+
+    return jax.tree.map(leaf, shared, owned(owner, task_id), picking.older(owner, task_id), factors)
+
+
+_effective = jax.jit(effective, static_argnames="sharing")
 
 
 def at_width(state: State, tree: Tree, width: float) -> Tree:
@@ -95,17 +115,35 @@ def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
     return whole.put(entry.local, fresh)
 
 
+def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:
+    """Lay a tree parallel to the weights of a task's width out at the state's width; new entries are 0."""
+    if tree is None:
+        return None
+    for growth in state.growth:
+        if growth.narrow >= entry.width:
+            tree = growth.maps.put({PARAMS: tree})[PARAMS]
+    return tree
+
+
 def task_weights(state: State, entry: TaskState) -> Tree:
     """Return the weights a task computes with, at the task's own width: the visible ones, and 0 elsewhere."""
     shared = at_width(state, state.shared, entry.width)
     owner = at_width(state, state.owner, entry.width)
-    return _visible_weights(shared, owner, id_array(entry.id), entry.sharing)
+    return _effective(shared, owner, id_array(entry.id), entry.sharing, signs(entry))
+
+
+def signs(entry: TaskState) -> Tree | None:
+    """Return which older weights a task picks, at the task's width; None if it does not pick."""
+    if entry.picking is None or entry.pick is None:
+        return None
+    return entry.picking.signs(entry.pick)
 
 
 def masks(state: State, task: str) -> Tree:
     """Return which shared weights take part in a task's forward pass.
 
-    `1 <= owner <= k` for sharing "all", `owner in {1, k}` for sharing "first".
+    `1 <= owner <= k` for sharing "all", `owner in {1, k}` for sharing "first", `owner == k` and the picked older ones
+    for sharing "picked".
 
     Args:
       state: the network.
@@ -126,7 +164,7 @@ def masks(state: State, task: str) -> Tree:
       True
     """
     entry = find(state, task)
-    return visible(state.owner, id_array(entry.id), entry.sharing)
+    return visible(state.owner, id_array(entry.id), entry.sharing, _widened(state, entry, signs(entry)))
 
 
 def trainable(state: State, task: str) -> Tree:

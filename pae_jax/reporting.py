@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from pae_jax import ownership
 from pae_jax.ownership import owner_counts
-from pae_jax.state import State, names
+from pae_jax.state import State, TaskState, names
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,6 @@ def report(state: State) -> Report:
     rows = []
     for name in names(state):
         entry = state.tasks[name]
-        older = [1] if entry.sharing == "first" else list(range(1, entry.id))
         rows.append(
             {
                 "task": name,
@@ -98,9 +99,20 @@ def report(state: State) -> Report:
                 "sharing": entry.sharing,
                 "weights": int(totals[entry.id]),
                 "share": float(totals[entry.id] / totals.sum()),
-                "sees": int(totals[list({*older, entry.id})].sum()),
+                "sees": _seen(state, entry, totals),
             }
         )
     free = {"task": "(free)", "id": "", "phase": "", "width": None, "sharing": "", "sees": None}
     rows.append(free | {"weights": int(totals[0]), "share": float(totals[0] / totals.sum())})
     return Report(rows, leaves, state.width)
+
+
+def _seen(state: State, entry: TaskState, totals: np.ndarray) -> int:
+    """Count the weights that take part in a task's forward pass."""
+    signs = ownership.signs(entry)
+    if signs is None:
+        older = [1] if entry.sharing == "first" else list(range(1, entry.id))
+        return int(totals[list({*older, entry.id})].sum())
+    owner = ownership.at_width(state, state.owner, entry.width)
+    mask = ownership.visible(owner, ownership.id_array(entry.id), entry.sharing, signs)
+    return sum(int(np.asarray(leaf).sum()) for leaf in jax.tree.leaves(mask))

@@ -7,12 +7,13 @@ from typing import Any
 from flax import struct
 
 from pae_jax.errors import PhaseError, UnknownTaskError
+from pae_jax.picking import Picking
 from pae_jax.trees import Tree
 
 MAX_TASKS = 127
 """Owner ids are int8; the 128th task is refused, never wrapped."""
 
-SHARING = ("all", "first")
+SHARING = ("all", "first", "picked")
 
 
 class TaskState(struct.PyTreeNode):
@@ -24,7 +25,10 @@ class TaskState(struct.PyTreeNode):
       id: owner id, 1 for the first task.
       width: width of the backbone the task runs at, for ever.
       head_spec: number of classes, or the Flax module, that builds the head.
-      sharing: which older weights the task sees, "all" or "first" (those of task 1).
+      sharing: which older weights the task sees: "all", "first" (those of task 1) or "picked".
+      picking: how it picks, with sharing "picked"; None otherwise.
+      pick: tree parallel to the shared weights at the task's width: float32 scores while the task may be trained, bool
+        (int8 if ternary) once frozen; None where there is nothing to pick from.
       digests: after `freeze`, one `(path, SHA-256)` per array the task depends on; None before.
     """
 
@@ -34,6 +38,8 @@ class TaskState(struct.PyTreeNode):
     width: float = struct.field(pytree_node=False)
     head_spec: Any = struct.field(pytree_node=False)
     sharing: str = struct.field(pytree_node=False, default="all")
+    picking: Picking | None = struct.field(pytree_node=False, default=None)
+    pick: Tree | None = None
     digests: tuple[tuple[str, str], ...] | None = struct.field(pytree_node=False, default=None)
 
     @property

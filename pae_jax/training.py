@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -13,10 +14,13 @@ import optax
 from pae_jax import heads, ownership
 from pae_jax.fingerprint import fingerprint
 from pae_jax.network import Net, Program
+from pae_jax.picking import older
 from pae_jax.state import TaskState
 from pae_jax.trees import PARAMS, Tree, merge
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[[jax.Array, Tree], Tree]
+PARTS = ("shared", "local", "head")
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -31,7 +35,9 @@ class Carry(NamedTuple):
       shared: all shared weights; only those of the task in training ever differ.
       local: the task's local variables.
       head: the task's head variables.
-      opt_state: state of the optax chain over `{"shared", "local", "head"}`.
+      pick: the task's scores of older weights; None where nothing is picked.
+      opt_state: states of the optimizers of weights and of picks.
+      rate: float32, factor of all updates, 1 unless a plateau lowered it.
       step: int32, steps taken in this fit.
       bad_step: int32, the step whose loss or result was not finite; -1 while all is well.
       loss_sum: float32, sum of the losses since the last reset.
@@ -40,18 +46,52 @@ class Carry(NamedTuple):
     shared: Tree
     local: Tree
     head: Tree
-    opt_state: Any
+    pick: Tree | None
+    opt_state: OptStates
+    rate: jax.Array
     step: jax.Array
     bad_step: jax.Array
     loss_sum: jax.Array
 
 
+class OptStates(NamedTuple):
+    """States of the optimizer of weights, local variables and head, and of that of picks (None without one)."""
+
+    weights: Any
+    pick: Any = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a train step does; everything in it is compiled into the step.
+
+    Attributes:
+      tx: optimizer of weights, local variables and head.
+      loss: `(logits, y) -> losses`.
+      pick_tx: optimizer of the scores of older weights; None leaves them as they are.
+      augment: `(key, x) -> x`, on the device; None takes the inputs as they are.
+      parts: which of "shared", "local" and "head" are trained.
+    """
+
+    tx: Any
+    loss: Loss
+    pick_tx: Any = None
+    augment: Augment | None = None
+    parts: tuple[str, ...] = PARTS
+
+    def fingerprint(self) -> Hashable:
+        """Return a key that is equal for rules built alike."""
+        return tuple(fingerprint(part) for part in (self.tx, self.loss, self.pick_tx, self.augment, self.parts))
+
+
 TrainStep = Callable[[Carry, Tree, jax.Array, jax.Array, Tree, jax.Array], Carry]
+OptimizerInit = Callable[[Tree, Tree, Tree, Tree, Tree, jax.Array], OptStates]
 
 
-def trainables(shared: Tree, local: Tree, head: Tree) -> dict[str, Tree]:
+def trainables(shared: Tree, local: Tree, head: Tree, parts: tuple[str, ...] = PARTS) -> dict[str, Tree]:
     """Return the tree that the optimizer sees: shared weights, and the `params` of local variables and head."""
-    return {"shared": shared, "local": local.get(PARAMS, {}), "head": head.get(PARAMS, {})}
+    everything = {"shared": shared, "local": local.get(PARAMS, {}), "head": head.get(PARAMS, {})}
+    return {part: everything[part] for part in parts}
 
 
 def own_part(params: dict[str, Tree], mine: Tree) -> dict[str, Tree]:
@@ -59,76 +99,110 @@ def own_part(params: dict[str, Tree], mine: Tree) -> dict[str, Tree]:
 
     The optimizer sees only what the task owns: norms (clipping, LAMB) and decay take no notice of other tasks.
     """
+    if "shared" not in params:
+        return params
     return {**params, "shared": ownership.select(mine, params["shared"])}
 
 
-def optimizer_init(net: Net, tx: Any, known: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Return a compiled `(shared, local, head, owner, task_id) -> opt_state`."""
+def optimizer_init(net: Net, rule: Rule, known: OptimizerInit | None = None) -> OptimizerInit:
+    """Return a compiled `(shared, local, head, pick, owner, task_id) -> opt_state`."""
 
-    def init(shared: Tree, local: Tree, head: Tree, owner: Tree, task_id: jax.Array) -> Any:
-        return tx.init(own_part(trainables(shared, local, head), ownership.owned(owner, task_id)))
+    def init(shared: Tree, local: Tree, head: Tree, pick: Tree, owner: Tree, task_id: jax.Array) -> OptStates:
+        params = trainables(shared, local, head, rule.parts)
+        weights = rule.tx.init(own_part(params, ownership.owned(owner, task_id)))
+        if rule.pick_tx is None:
+            return OptStates(weights)
+        return OptStates(weights, rule.pick_tx.init(ownership.select(older(owner, task_id), pick)))
 
-    return net.memo(("optimizer", fingerprint(tx)), lambda: known or jax.jit(init))
+    key = ("optimizer", fingerprint(rule.tx), fingerprint(rule.pick_tx), rule.parts)
+    return net.memo(key, lambda: known or jax.jit(init))
 
 
-def train_step(net: Net, entry: TaskState, tx: Any, loss: Loss, known: TrainStep | None = None) -> TrainStep:
+def train_step(net: Net, entry: TaskState, rule: Rule, known: TrainStep | None = None) -> TrainStep:
     """Return the compiled train step of a task; tasks of equal width and head share it.
 
-    Task id, owners and key are operands. What compiles anew is another width, head, loss, optimizer or batch shape.
-    A step that is already there can be given as `known`.
+    Task id, owners and key are operands. What compiles anew is another width, head, rule or batch shape. A step that
+    is already there can be given as `known`.
     """
-    # Under sharing "all" the newest task sees every weight that is not exactly 0: older tasks' and its own, while
-    # free weights exist only where it pruned itself. Masking the forward pass would change no bit.
-    masked = entry.sharing != "all"
-    key = ("train", entry.width, fingerprint(entry.head_spec), entry.sharing, fingerprint(tx), fingerprint(loss))
-    return net.memo(key, lambda: known or _make_train_step(net, entry, optax.with_extra_args_support(tx), loss, masked))
+    # Under sharing "all" the newest task sees every weight that is not exactly 0: older tasks' and its own, while free
+    # weights exist only where it pruned itself. Masking the forward pass would change no bit.
+    masked = entry.sharing == "first" or entry.pick is not None
+    picks = entry.picking if entry.pick is not None else None
+    key = ("train", entry.width, fingerprint(entry.head_spec), entry.sharing, picks, rule.fingerprint())
+    return net.memo(key, lambda: known or _make_train_step(net, entry, rule, masked))
 
 
-def _make_train_step(
-    net: Net, entry: TaskState, tx: optax.GradientTransformationExtraArgs, loss: Loss, masked: bool
-) -> TrainStep:
-    backbone, output, sharing = net.program(entry.width), heads.program(entry.head_spec), entry.sharing
+def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> TrainStep:
+    backbone, output = net.program(entry.width), heads.program(entry.head_spec)
+    tx = optax.with_extra_args_support(rule.tx)
+    pick_tx = None if rule.pick_tx is None else optax.with_extra_args_support(rule.pick_tx)
+
+    def features(weights: Tree, local: Tree, x: Tree, key: jax.Array) -> tuple[jax.Array, Tree]:
+        # Local variables that are not trained include running statistics, so the backbone must not update them.
+        return backbone.apply(merge(weights, local), x, "local" in rule.parts, key)
 
     def step(carry: Carry, owner: Tree, task_id: jax.Array, key: jax.Array, x: Tree, y: jax.Array) -> Carry:
         chex.assert_trees_all_equal_shapes(carry.shared, owner)
-        params = trainables(carry.shared, carry.local, carry.head)
-        keys = jax.random.split(jax.random.fold_in(key, carry.step))
+        params = trainables(carry.shared, carry.local, carry.head, rule.parts)
+        keys = jax.random.split(jax.random.fold_in(key, carry.step), 3)
+        if rule.augment is not None:
+            x = rule.augment(keys[2], x)
 
-        def objective(params: dict[str, Tree]) -> tuple[jax.Array, tuple[Tree, Tree]]:
-            shared = params["shared"]
+        def objective(params: dict[str, Tree], pick: Tree | None) -> tuple[jax.Array, tuple[Tree, Tree]]:
+            shared = params.get("shared", carry.shared)
             if masked:
-                shared = ownership.select(ownership.visible(owner, task_id, sharing), shared)
-            variables = merge(shared, _with_params(carry.local, params["local"]))
-            features, local = backbone.apply(variables, x, True, keys[0])
-            logits, head = output.apply(_with_params(carry.head, params["head"]), features, True, keys[1])
-            return jnp.mean(loss(logits, y)).astype(jnp.float32), (local, head)
+                factors = entry.picking.straight_through(pick) if entry.picking and pick is not None else None
+                shared = ownership.effective(shared, owner, task_id, entry.sharing, factors)
+            out, local = features(shared, _with_params(carry.local, params.get("local")), x, keys[0])
+            head = _with_params(carry.head, params.get("head"))
+            logits, head = output.apply(head, out, "head" in rule.parts, keys[1])
+            return jnp.mean(rule.loss(logits, y)).astype(jnp.float32), (local, head)
 
-        (value, (local, head)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        wanted = (0, 1) if pick_tx is not None else 0
+        (value, (local, head)), grads = jax.value_and_grad(objective, wanted, has_aux=True)(params, carry.pick)
+        grads, pick_grads = grads if pick_tx is not None else (grads, None)
         mine = ownership.owned(owner, task_id)
         grads = own_part(grads, mine)
-        updates, opt_state = tx.update(grads, carry.opt_state, own_part(params, mine), value=value, grad=grads)
-        new: Any = optax.apply_updates(params, updates)
+        extra = {"value": value, "grad": grads}
+        updates, opt_state = tx.update(grads, carry.opt_state.weights, own_part(params, mine), **extra)
+        new: Any = optax.apply_updates(params, _scaled(updates, carry.rate))
+        pick, pick_state = carry.pick, carry.opt_state.pick
+        if pick_tx is not None:
+            old = older(owner, task_id)
+            seen = ownership.select(old, pick)
+            extra = {"value": value, "grad": pick_grads}
+            updates, pick_state = pick_tx.update(ownership.select(old, pick_grads), pick_state, seen, **extra)
+            pick = optax.apply_updates(seen, _scaled(updates, carry.rate))
+            pick = jax.tree.map(lambda m, n, before: jnp.where(m, n, before), old, pick, carry.pick)
 
         # Whatever the optimizer made of frozen weights (momentum, decay, Adam's epsilon), the values stay: the gate
         # is on the result, not on the gradient. After a bad step nothing moves any more.
-        finite = jnp.isfinite(value) & all_finite((own_part(new, mine), local, head))
+        finite = jnp.isfinite(value) & all_finite((own_part(new, mine), local, head, pick))
         good = finite & (carry.bad_step < 0)
-        shared = jax.tree.map(lambda m, n, old: jnp.where(m & good, n, old), mine, new["shared"], carry.shared)
+        shared = carry.shared
+        if "shared" in new:
+            shared = jax.tree.map(lambda m, n, old: jnp.where(m & good, n, old), mine, new["shared"], shared)
         rest = (
-            {**carry.local, **local, **_params(carry.local, new["local"])},
-            {**carry.head, **head, **_params(carry.head, new["head"])},
+            {**carry.local, **local, **_params(carry.local, new.get("local"))},
+            {**carry.head, **head, **_params(carry.head, new.get("head"))},
+            pick,
         )
-        kept = jax.tree.map(lambda n, old: jnp.where(good, n, old), rest, (carry.local, carry.head))
+        kept = jax.tree.map(lambda n, old: jnp.where(good, n, old), rest, (carry.local, carry.head, carry.pick))
         return Carry(
             shared,
             *kept,
-            opt_state=opt_state,
+            opt_state=OptStates(opt_state, pick_state),
+            rate=carry.rate,
             step=carry.step + 1,
             bad_step=jnp.where(finite | (carry.bad_step >= 0), carry.bad_step, carry.step),
             loss_sum=carry.loss_sum + jnp.where(good, value, 0.0),
         )
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _scaled(updates: Tree, rate: jax.Array) -> Tree:
+    return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
 
 
 def all_finite(tree: Tree) -> jax.Array:
@@ -140,11 +214,11 @@ def all_finite(tree: Tree) -> jax.Array:
     return jnp.isfinite(jnp.stack([jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]).sum())
 
 
-def _params(variables: Tree, params: Tree) -> dict[str, Tree]:
-    return {PARAMS: params} if PARAMS in variables else {}
+def _params(variables: Tree, params: Tree | None) -> dict[str, Tree]:
+    return {PARAMS: params} if PARAMS in variables and params is not None else {}
 
 
-def _with_params(variables: Tree, params: Tree) -> Tree:
+def _with_params(variables: Tree, params: Tree | None) -> Tree:
     return {**variables, **_params(variables, params)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from pae_jax import heads, ownership
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.state import MAX_TASKS, SHARING, State, TaskState, names
-from pae_jax.trees import describe, flatten
+from pae_jax.trees import describe, flatten, require_match
 
 
 def require_owner(state: State) -> None:
@@ -55,13 +56,15 @@ def task_digests(state: State, entry: TaskState) -> tuple[tuple[str, str], ...]:
     for path, leaf in shared.items():
         mine = np.asarray(owner[path]) == entry.id
         found[f"shared/{path}"] = array_digest(np.packbits(mine), np.asarray(leaf)[mine])
-    for part, tree in (("local", entry.local), ("head", entry.head)):
+    for part, tree in (("local", entry.local), ("head", entry.head), ("pick", entry.pick or {})):
         found.update({f"{part}/{path}": array_digest(leaf) for path, leaf in flatten(tree).items()})
     return tuple(found.items())
 
 
 def _settings_digest(entry: TaskState) -> str:
-    settings = [entry.id, entry.width, entry.sharing, heads.describe(entry.head_spec)]
+    settings: list[Any] = [entry.id, entry.width, entry.sharing, heads.describe(entry.head_spec)]
+    if entry.picking is not None:
+        settings.append(asdict(entry.picking))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -157,3 +160,19 @@ def _check_tasks(state: State) -> None:
             raise StructureError(f"task {name!r}", "", f"width {entry.width}", "at least that of the task before")
         if entry.sharing not in SHARING:
             raise StructureError(f"task {name!r}", "", f"sharing {entry.sharing!r}", f"one of {SHARING}")
+        _check_pick(state, name, entry)
+
+
+def _check_pick(state: State, name: str, entry: TaskState) -> None:
+    label = f"pick of task {name!r}"
+    if (entry.picking is not None) != (entry.sharing == "picked"):
+        raise StructureError(
+            label, "", f"sharing {entry.sharing!r} with {entry.picking}", "picking if and only if picked"
+        )
+    if entry.pick is None:
+        return
+    if entry.picking is None:
+        raise StructureError(label, "", "a pick tree", f"none, because sharing is {entry.sharing!r}")
+    kind = jnp.float32 if not entry.frozen else jnp.int8 if entry.picking.ternary else jnp.bool_
+    owner = ownership.at_width(state, state.owner, entry.width)
+    require_match(label, entry.pick, jax.tree.map(lambda o: jax.ShapeDtypeStruct(o.shape, kind), owner))

@@ -225,7 +225,7 @@ def test_the_metadata_is_readable_json_with_tasks_widths_sharing_versions_digest
     text = json.loads((stage / JSON).read_text())
     info = pae.read_metadata(stage)
     assert text["custom_metadata"] == info
-    assert info["schema_version"] == 1
+    assert info["schema_version"] == 2
     assert info["metadata"] == {"accuracy": 0.5}
     assert info["width"] == 1.0
     assert {"pae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= info["versions"].keys()
@@ -441,9 +441,9 @@ def test_a_checkpoint_of_another_program_is_named(net, tmp_path):
 
 
 def test_a_newer_schema_is_refused_with_the_advice_to_update(net, copy):
-    edit_json(copy, put("schema_version", 2))
+    edit_json(copy, put("schema_version", 3))
     with pytest.raises(
-        pae.CheckpointError, match=r"has schema version 2; this pae_jax .* reads up to 1. Update pae_jax"
+        pae.CheckpointError, match=r"has schema version 3; this pae_jax .* reads up to 2. Update pae_jax"
     ):
         pae.load(net, copy)
 

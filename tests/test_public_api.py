@@ -11,7 +11,7 @@ import pae_jax as pae
 NAMES = """
 linen nnx init from_variables pack fit prune freeze drop predict features evaluate masks trainable free_fraction
 check verify save load read_metadata report width_for
-State TaskState Growth History Net CubicSchedule
+State TaskState Growth History Net CubicSchedule Picking Plateau
 PaeError ArgumentError CapacityError CheckpointError DataError DivergedError ForgettingError NotPreservableError
 PhaseError StructureError UnknownTaskError
 """

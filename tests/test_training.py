@@ -14,17 +14,17 @@ from pae_jax.trees import flatten
 
 def carry_of(net, state, task, tx):
     entry = state.tasks[task]
-    parts = (state.shared, entry.local, entry.head)
-    opt_state = training.optimizer_init(net, tx)(*parts, state.owner, ownership.id_array(entry.id))
-    zero = jnp.zeros((), jnp.int32)
-    return jax.tree.map(
-        jnp.copy, training.Carry(*parts, opt_state=opt_state, step=zero, bad_step=zero - 1, loss_sum=jnp.zeros(()))
-    )
+    parts = (state.shared, entry.local, entry.head, entry.pick)
+    rule = training.Rule(tx, training.softmax_cross_entropy)
+    opt_state = training.optimizer_init(net, rule)(*parts, state.owner, ownership.id_array(entry.id))
+    zero, none = jnp.zeros((), jnp.int32), jnp.zeros(())
+    start = training.Carry(*parts, opt_state=opt_state, rate=none + 1, step=zero, bad_step=zero - 1, loss_sum=none)
+    return jax.tree.map(jnp.copy, start)
 
 
 def run(net, state, task, tx, batches, masked, loss=training.softmax_cross_entropy):
     entry = state.tasks[task]
-    step = training._make_train_step(net, entry, optax.with_extra_args_support(tx), loss, masked)
+    step = training._make_train_step(net, entry, training.Rule(tx, loss), masked)
     carry, losses = carry_of(net, state, task, tx), []
     for x, y in batches:
         carry = step(carry, state.owner, ownership.id_array(entry.id), jax.random.key(0), x, y)

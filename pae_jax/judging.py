@@ -1,0 +1,106 @@
+"""Which epoch of a training is the best, and when a plateau asks for a lower rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pae_jax.batching import Feed
+from pae_jax.errors import ArgumentError
+from pae_jax.evaluation import evaluate_feed
+from pae_jax.network import Net
+from pae_jax.state import State
+from pae_jax.training import Carry, Loss, OptStates
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Lower the learning rate when validation stops improving, and stop when that does not help.
+
+    After `patience` epochs without a strictly better score, training goes back to the best epoch, weights and
+    optimizer state, with all updates multiplied by `factor`; at the `stop`-th such time in a row it ends.
+
+    Attributes:
+      patience: epochs without improvement, at least 1.
+      factor: of the updates, in (0, 1].
+      stop: how many times in a row, at least 1.
+
+    Raises:
+      ArgumentError: a value outside its range.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> pae.Plateau()
+      Plateau(patience=15, factor=0.1, stop=2)
+
+    Source: Hung et al., "Packing and Expanding", ICMR 2019, in the authors' training code.
+    """
+
+    patience: int = 15
+    factor: float = 0.1
+    stop: int = 2
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.stop < 1:
+            raise ArgumentError(f"patience and stop must be at least 1, found {self.patience} and {self.stop}")
+        if not 0.0 < self.factor <= 1.0:
+            raise ArgumentError(f"factor must lie in (0, 1], found {self.factor}")
+
+
+class _Snapshot(NamedTuple):
+    score: tuple[float, float]
+    epoch: int
+    state: State
+    carry: Carry
+
+
+@dataclass
+class Judge:
+    """Measures the epochs, keeps the best and says when to slow down."""
+
+    net: Net
+    task: str
+    val: Feed | None
+    loss: Loss
+    score: Callable[[State], float] | None
+    keeps: bool
+    plateau: Plateau | None
+    best: _Snapshot | None = None
+    waited: int = 0
+    decays: int = 0
+
+    def measure(self, state: State) -> dict[str, float]:
+        row = {}
+        if self.val is not None:
+            scores = evaluate_feed(self.net, state, self.task, self.val, self.loss)
+            row = {f"val_{name}": value for name, value in scores.items() if name != "count"}
+        return row if self.score is None else row | {"score": float(self.score(state))}
+
+    def consider(self, row: dict[str, float], carry: Carry, state: State) -> None:
+        """Keep an epoch if it is the best so far."""
+        loss = row.get("val_loss", 0.0)
+        score = (row.get("score", row.get("val_accuracy", 0.0)), -math.inf if math.isnan(loss) else -loss)
+        if self.best is not None and score <= self.best.score:
+            self.waited += 1
+            return
+        # The next step overwrites the arrays in place. The optimizer's state is only gone back to on a plateau.
+        kept = carry if self.plateau else carry._replace(opt_state=OptStates(None))
+        kept = jax.tree.map(jnp.copy, kept)
+        entry = state.tasks[self.task].replace(local=kept.local, head=kept.head, pick=kept.pick)
+        state = state.replace(shared=kept.shared, tasks={**state.tasks, self.task: entry})
+        self.best, self.waited, self.decays = _Snapshot(score, int(row["epoch"]), state, kept), 0, 0
+
+    def slow_down(self, carry: Carry) -> Carry | None:
+        """Return the carry to go on with, or None where training ends."""
+        if self.plateau is None or self.best is None or self.waited < self.plateau.patience:
+            return carry
+        self.waited, self.decays = 0, self.decays + 1
+        if self.decays >= self.plateau.stop:
+            return None
+        start = jax.tree.map(jnp.copy, self.best.carry)
+        return start._replace(rate=carry.rate * self.plateau.factor, step=carry.step)
