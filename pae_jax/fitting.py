@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from pae_jax.pruning import CubicSchedule, Room, check_choice
 from pae_jax.state import State, TaskState, find_trainable
 from pae_jax.training import PARTS, Augment, Carry, Loss, OptStates, Rule, softmax_cross_entropy
 from pae_jax.trees import abstract, require_match
+
+Rate = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ def fit(
     val: Any = None,
     loss: Loss | None = None,
     augment: Augment | None = None,
+    rate: float | Rate = 1.0,
     pruning: CubicSchedule | None = None,
     pick_optimizer: Any = None,
+    pick_rate: float | Rate = 1.0,
     parts: Collection[Literal["shared", "local", "head"]] = PARTS,
     keep: Literal["last", "best"] = "last",
     score: Callable[[State], float] | None = None,
@@ -82,9 +87,12 @@ def fit(
       val: validation data in the same forms, evaluated after every epoch.
       loss: `(logits, y) -> losses`, one per example or their mean; default softmax cross-entropy of integer labels.
       augment: `(key, x) -> x`, compiled into the step: random crops and flips on the device.
+      rate: factor of the updates, a number or `step -> number`; unlike a schedule inside the optimizer, another value
+        compiles nothing.
       pruning: releases weights while training, after the steps that the schedule names.
       pick_optimizer: optax transformation over the scores of older weights, for a task of sharing "picked"; None
         leaves its picks as they are.
+      pick_rate: as `rate`, of the picks.
       parts: what is trained. Without "local", biases and norms stay as they are and the backbone runs as in
         evaluation (PackNet, Piggyback); `("head",)` trains a new head on fixed features.
       keep: "last" returns the last epoch's weights, "best" those of the epoch with the highest validation accuracy,
@@ -143,10 +151,10 @@ def fit(
             f"{batches.steps * epochs}; its final fraction would not be reached. Lower `end` or train longer."
         )
     val_feed = None if val is None else feed(net, val, logits, EVAL_BATCH, class_labels=loss is None)
+    rates = (_schedule("rate", rate), _schedule("pick_rate", pick_rate))
     judge = Judge(net, task, val_feed, objective, score, keep == "best", plateau)
-    return _Fit(net, state, task, entry, rule, pruning, as_key(key)).run(
-        batches, judge, int(epochs), opt_state, progress
-    )
+    run = _Fit(net, state, task, entry, rule, rates, pruning, as_key(key))
+    return run.run(batches, judge, int(epochs), opt_state, progress)
 
 
 class _Fit:
@@ -159,11 +167,12 @@ class _Fit:
         task: str,
         entry: TaskState,
         rule: Rule,
+        rates: tuple[Rate, Rate],
         pruning: CubicSchedule | None,
         key: jax.Array,
     ):
         self.net, self.state, self.task, self.entry = net, state, task, entry
-        self.pruning, self.rule = pruning, rule
+        self.pruning, self.rule, self.rates = pruning, rule, rates
         self.owner = state.owner
         self.room = Room(state.owner, entry.id, pruning.scope) if pruning else None
         self.task_id = ownership.id_array(entry.id)
@@ -180,7 +189,9 @@ class _Fit:
             for epoch in range(epochs):
                 steps = 0
                 for x, y in batches.epoch(epoch, self.shuffle_key):
-                    carry = self.step(carry, self.owner, self.task_id, self.step_key, as_inputs(self.net, x), y)
+                    rates = np.asarray([judge.rate * rate(taken + steps) for rate in self.rates], np.float32)
+                    inputs = as_inputs(self.net, x)
+                    carry = self.step(carry, self.owner, self.task_id, self.step_key, rates, inputs, y)
                     steps += 1
                     # A bad step ends the pruning too; asking costs a wait, so only where something is released.
                     if self.pruning and self.pruning.updates_at(taken + steps) and int(carry.bad_step) < 0:
@@ -223,8 +234,7 @@ class _Fit:
         zero = jnp.zeros((), jnp.int32)
         # The steps overwrite their operands in place; the caller's arrays must survive.
         mine = jax.tree.map(jnp.copy, (*parts, opt_state))
-        none = jnp.zeros((), jnp.float32)
-        return Carry(*mine, rate=none + 1, step=zero, bad_step=zero - 1, loss_sum=none)
+        return Carry(*mine, step=zero, bad_step=zero - 1, loss_sum=jnp.zeros((), jnp.float32))
 
     def _release(self, carry: Carry, step: int) -> Carry:
         assert self.pruning and self.room
@@ -234,6 +244,14 @@ class _Fit:
     def _state(self, carry: Carry) -> State:
         entry = self.entry.replace(local=carry.local, head=carry.head, pick=carry.pick)
         return self.state.replace(shared=carry.shared, owner=self.owner, tasks={**self.state.tasks, self.task: entry})
+
+
+def _schedule(name: str, rate: float | Rate) -> Rate:
+    if callable(rate):
+        return rate
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+        raise ArgumentError(f"{name} must be a finite number or a function of the step, found {rate!r}")
+    return lambda step: rate
 
 
 def _transformation(optimizer: Any) -> Any:

@@ -73,6 +73,7 @@ class Judge:
     best: _Snapshot | None = None
     waited: int = 0
     decays: int = 0
+    rate: float = 1.0
 
     def measure(self, state: State) -> dict[str, float]:
         row = {}
@@ -102,5 +103,5 @@ class Judge:
         self.waited, self.decays = 0, self.decays + 1
         if self.decays >= self.plateau.stop:
             return None
-        start = jax.tree.map(jnp.copy, self.best.carry)
-        return start._replace(rate=carry.rate * self.plateau.factor, step=carry.step)
+        self.rate *= self.plateau.factor
+        return jax.tree.map(jnp.copy, self.best.carry)._replace(step=carry.step)

@@ -37,7 +37,6 @@ class Carry(NamedTuple):
       head: the task's head variables.
       pick: the task's scores of older weights; None where nothing is picked.
       opt_state: states of the optimizers of weights and of picks.
-      rate: float32, factor of all updates, 1 unless a plateau lowered it.
       step: int32, steps taken in this fit.
       bad_step: int32, the step whose loss or result was not finite; -1 while all is well.
       loss_sum: float32, sum of the losses since the last reset.
@@ -48,7 +47,6 @@ class Carry(NamedTuple):
     head: Tree
     pick: Tree | None
     opt_state: OptStates
-    rate: jax.Array
     step: jax.Array
     bad_step: jax.Array
     loss_sum: jax.Array
@@ -84,7 +82,9 @@ class Rule:
         return tuple(fingerprint(part) for part in (self.tx, self.loss, self.pick_tx, self.augment, self.parts))
 
 
-TrainStep = Callable[[Carry, Tree, jax.Array, jax.Array, Tree, jax.Array], Carry]
+TrainStep = Callable[[Carry, Tree, jax.Array, jax.Array, Any, Tree, jax.Array], Carry]
+"""`(carry, owner, task id, key, rates, x, y) -> carry`; rates, float32 of shape (2,), multiply the updates of weights
+and of picks. As an operand they follow any schedule without compiling anything."""
 OptimizerInit = Callable[[Tree, Tree, Tree, Tree, Tree, jax.Array], OptStates]
 
 
@@ -141,7 +141,7 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
         # Local variables that are not trained include running statistics, so the backbone must not update them.
         return backbone.apply(merge(weights, local), x, "local" in rule.parts, key)
 
-    def step(carry: Carry, owner: Tree, task_id: jax.Array, key: jax.Array, x: Tree, y: jax.Array) -> Carry:
+    def step(carry: Carry, owner: Tree, task_id: jax.Array, key: jax.Array, rates: Any, x: Tree, y: Any) -> Carry:
         chex.assert_trees_all_equal_shapes(carry.shared, owner)
         params = trainables(carry.shared, carry.local, carry.head, rule.parts)
         keys = jax.random.split(jax.random.fold_in(key, carry.step), 3)
@@ -165,14 +165,14 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
         grads = own_part(grads, mine)
         extra = {"value": value, "grad": grads}
         updates, opt_state = tx.update(grads, carry.opt_state.weights, own_part(params, mine), **extra)
-        new: Any = optax.apply_updates(params, _scaled(updates, carry.rate))
+        new: Any = optax.apply_updates(params, _scaled(updates, rates[0]))
         pick, pick_state = carry.pick, carry.opt_state.pick
         if pick_tx is not None:
             old = older(owner, task_id)
             seen = ownership.select(old, pick)
             extra = {"value": value, "grad": pick_grads}
             updates, pick_state = pick_tx.update(ownership.select(old, pick_grads), pick_state, seen, **extra)
-            pick = optax.apply_updates(seen, _scaled(updates, carry.rate))
+            pick = optax.apply_updates(seen, _scaled(updates, rates[1]))
             pick = jax.tree.map(lambda m, n, before: jnp.where(m, n, before), old, pick, carry.pick)
 
         # Whatever the optimizer made of frozen weights (momentum, decay, Adam's epsilon), the values stay: the gate
@@ -192,7 +192,6 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
             shared,
             *kept,
             opt_state=OptStates(opt_state, pick_state),
-            rate=carry.rate,
             step=carry.step + 1,
             bad_step=jnp.where(finite | (carry.bad_step >= 0), carry.bad_step, carry.step),
             loss_sum=carry.loss_sum + jnp.where(good, value, 0.0),

@@ -18,7 +18,7 @@ def carry_of(net, state, task, tx):
     rule = training.Rule(tx, training.softmax_cross_entropy)
     opt_state = training.optimizer_init(net, rule)(*parts, state.owner, ownership.id_array(entry.id))
     zero, none = jnp.zeros((), jnp.int32), jnp.zeros(())
-    start = training.Carry(*parts, opt_state=opt_state, rate=none + 1, step=zero, bad_step=zero - 1, loss_sum=none)
+    start = training.Carry(*parts, opt_state=opt_state, step=zero, bad_step=zero - 1, loss_sum=none)
     return jax.tree.map(jnp.copy, start)
 
 
@@ -27,7 +27,7 @@ def run(net, state, task, tx, batches, masked, loss=training.softmax_cross_entro
     step = training._make_train_step(net, entry, training.Rule(tx, loss), masked)
     carry, losses = carry_of(net, state, task, tx), []
     for x, y in batches:
-        carry = step(carry, state.owner, ownership.id_array(entry.id), jax.random.key(0), x, y)
+        carry = step(carry, state.owner, ownership.id_array(entry.id), jax.random.key(0), np.ones(2, np.float32), x, y)
         losses.append(np.asarray(carry.loss_sum))
     return carry, losses
 

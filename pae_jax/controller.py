@@ -1,0 +1,143 @@
+"""Decisions of the lifelong loop as pure functions of records: no training, no files."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pae_jax.network import width_for
+from pae_jax.recipes import Expansion, Ladder
+from pae_jax.tasks import Metric
+
+
+class Status(enum.Enum):
+    """How learning a task ended."""
+
+    LEARNED = "learned"
+    """There was no goal to reach."""
+    GOAL_MET = "goal met"
+    """The validation metric reaches the goal, after pruning too."""
+    GOAL_MISSED = "goal missed"
+    """The network could not grow any further; the task is kept all the same."""
+    NO_CAPACITY = "no capacity"
+    """No free weight is left and the network may not grow; the task was not added."""
+    DIVERGED = "diverged"
+    """Training met values that are not finite; the task was not added."""
+
+    @property
+    def added(self) -> bool:
+        """Whether the network has the task now."""
+        return self not in (Status.NO_CAPACITY, Status.DIVERGED)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What is known of one stage of learning a task.
+
+    Attributes:
+      task: name of the task.
+      stage: name of the stage, unique within the task.
+      width: channel factor of the network.
+      pruned: fraction freed of the weights available to the task.
+      value: metric on validation data; NaN without.
+      train_value: metric on training data; None where nothing asks for it.
+      epochs: epochs of training of the task so far, those of this stage included.
+      kept_epoch: which of them was kept.
+      weights: weights the task owns.
+      free: weights nobody owns.
+      diverged: whether training met values that are not finite; the stage has no network then.
+      sizes: bytes by the paper's formula, by column name.
+      history: one dict per epoch, as in `pae.History.rows`.
+    """
+
+    task: str
+    stage: str
+    width: float
+    pruned: float
+    value: float
+    train_value: float | None
+    epochs: int
+    kept_epoch: int
+    weights: int
+    free: int
+    diverged: bool = False
+    sizes: dict[str, float] = dataclasses.field(default_factory=dict)
+    history: tuple[dict[str, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON can say it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> StageRecord:
+        """Undo `to_json`."""
+        return cls(**{**fields, "history": tuple(fields["history"])})
+
+
+def wider(width: float, expansion: Expansion | None) -> float | None:
+    """Return the next width, or None where the network may not grow.
+
+    The size ratio grows by the step, never beyond the maximum.
+    """
+    if expansion is None:
+        return None
+    ratio = width**2
+    if ratio >= expansion.maximum * (1 - 1e-9):
+        return None
+    following = min(ratio + expansion.step, expansion.maximum)
+    return width_for(round(following, 9))
+
+
+def rungs(ladder: Ladder, met: bool, upcoming: int | None) -> tuple[float, ...]:
+    """Return the rungs to climb.
+
+    With equal shares that is one: `1 - 1 / (upcoming + 1)`. Where the goal is missed at the largest width, tasks to
+    come need room all the same: the ladder ends with the first rung of at least `1 - round(1 / (upcoming + 1), 1)`.
+
+    Args:
+      ladder: the settings.
+      met: whether the unpruned network reaches the goal.
+      upcoming: tasks still to come; None if unknown, counted as one.
+
+    Source: CPG's scripts for the goal that is missed.
+    """
+    later = 1 if upcoming is None else upcoming
+    if ladder.equal_share:
+        return (1 - 1 / (later + 1),) if later else ()
+    if met:
+        return ladder.rungs
+    needed = 1 - round(1 / (later + 1), 1)
+    lower = [rung for rung in ladder.rungs if rung < needed]
+    return (*lower, *ladder.rungs[len(lower) : len(lower) + 1]) if needed > 0 else ()
+
+
+def ends(ladder: Ladder, climbed: Sequence[StageRecord], metric: Metric, goal: float | None, tolerance: float) -> bool:
+    """Say whether the ladder ends after the last of these rungs: too many misses in a row."""
+    if ladder.misses is None or goal is None or len(climbed) < ladder.misses:
+        return False
+    return not any(metric.reaches(record.value, goal, tolerance) for record in climbed[-ladder.misses :])
+
+
+def choose(
+    records: Sequence[StageRecord], ladder: Ladder, metric: Metric, goal: float | None, tolerance: float, met: bool
+) -> int:
+    """Return the position of the stage to keep, among the unpruned one and the rungs climbed, smallest fraction first.
+
+    Args:
+      records: the unpruned stage first.
+      ladder: how to choose.
+      metric: of the task.
+      goal: value to reach; None without.
+      tolerance: how much worse still counts.
+      met: whether the unpruned stage reaches the goal; if not, the largest fraction is taken, to leave room.
+    """
+    last = len(records) - 1
+    if not met or ladder.choose == "last":
+        return last
+    if ladder.choose == "best_accuracy" or goal is None:
+        scores = [metric.score(record.value) for record in records]
+        return scores.index(max(scores))  # the first on ties, as the paper's scripts do
+    return max(i for i, r in enumerate(records) if i == 0 or metric.reaches(r.value, goal, tolerance))

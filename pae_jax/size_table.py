@@ -1,0 +1,78 @@
+"""`Sizes`: a table of bytes that says what they are, and the bytes of trees of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from pae_jax.errors import UnknownTaskError
+from pae_jax.trees import Tree
+
+MB = 2**20
+"""Bytes of the paper's MB."""
+
+_BESIDES = ("shared", "inference", "whole_masks")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a network; `str(sizes)` is a table that names its kind.
+
+    Attributes:
+      kind: "paper", "stored" or "dense".
+      what: what was counted, in words.
+      rows: one dict per part: `part` (a task, or another part in parentheses), `bytes`, and the bytes it consists of.
+      notes: what is left out or differs, in words.
+    """
+
+    kind: Literal["paper", "stored", "dense"]
+    what: str
+    rows: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Sum of `bytes` over all rows."""
+        return sum(row["bytes"] for row in self.rows)
+
+    def __getitem__(self, part: str) -> dict[str, Any]:
+        """The row of a part."""
+        for row in self.rows:
+            if row["part"] == part:
+                return row
+        raise UnknownTaskError(part, [row["part"] for row in self.rows], "this table")
+
+    def __str__(self) -> str:
+        unit, size = ("MiB", MB) if self.total >= MB else ("KiB", 2**10)
+        keys = list(dict.fromkeys(key for row in self.rows for key in row if key not in ("part", "bytes")))
+        # What a row consists of stands before its sum, what it is compared with after.
+        keys = [key for key in keys if key not in _BESIDES] + ["bytes"] + [key for key in keys if key in _BESIDES]
+        rows = [*self.rows, {"part": "total", "bytes": self.total}]
+        cells = [["", *(unit if key == "bytes" else key.replace("_", " ") for key in keys)]]
+        cells += [[row["part"], *(f"{row[key] / size:,.3f}" if key in row else "" for key in keys)] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        head = f"{self.kind}: {self.what}, in {unit}"
+        return "\n".join([head, *(_line(line, widths) for line in cells), *(f"- {note}" for note in self.notes)])
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    numbers = (f"  {cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return f"{cells[0]:<{widths[0]}}{''.join(numbers)}".rstrip()
+
+
+def itemsize(leaf: Any) -> int:
+    """Return the bytes of one entry of an array."""
+    return np.dtype(leaf.dtype).itemsize
+
+
+def values(tree: Tree) -> int:
+    """Count the entries of all arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Tree) -> int:
+    """Return the bytes of all arrays of a tree, concrete or abstract."""
+    return sum(leaf.size * itemsize(leaf) for leaf in jax.tree.leaves(tree))
