@@ -8,6 +8,7 @@ from pae_jax import data as data
 from pae_jax import metrics as metrics
 from pae_jax import models as models
 from pae_jax import recipes as recipes
+from pae_jax import sizes as sizes
 from pae_jax.adapters.linen import linen as linen
 from pae_jax.adapters.nnx import nnx as nnx
 from pae_jax.checkpoint import load as load

@@ -49,7 +49,7 @@ class StageRecord:
       weights: weights the task owns.
       free: weights nobody owns.
       diverged: whether training met values that are not finite; the stage has no network then.
-      sizes: bytes by the paper's formula, by column name.
+      sizes: MB (2^20 bytes) by the paper's formula, by column name.
       history: one dict per epoch, as in `pae.History.rows`.
     """
 

@@ -1,7 +1,29 @@
-"""Real and synthetic data sets that need no download."""
+"""Data sets, streams of tasks, augmentation on the device, and loading of what does not fit memory."""
 
+from pae_jax.data.augmentation import CropAndFlip as CropAndFlip
+from pae_jax.data.augmentation import RandomCropTo as RandomCropTo
 from pae_jax.data.augmentation import augmented as augmented
+from pae_jax.data.augmentation import centre_crop as centre_crop
+from pae_jax.data.augmentation import crop_and_flip as crop_and_flip
+from pae_jax.data.augmentation import random_crop_to as random_crop_to
+from pae_jax.data.cifar100 import LabelledImages as LabelledImages
+from pae_jax.data.cifar100 import LabelledPart as LabelledPart
+from pae_jax.data.cifar100 import load_cifar100 as load_cifar100
+from pae_jax.data.cifar100 import superclass_tasks as superclass_tasks
+from pae_jax.data.decoding import decode_rgb as decode_rgb
+from pae_jax.data.decoding import resized as resized
+from pae_jax.data.folders import ImageFolders as ImageFolders
+from pae_jax.data.folders import ImageSource as ImageSource
+from pae_jax.data.folders import image_folder as image_folder
 from pae_jax.data.orl import FaceGroup as FaceGroup
 from pae_jax.data.orl import OrlFaces as OrlFaces
 from pae_jax.data.orl import groups as groups
 from pae_jax.data.orl import load_orl as load_orl
+from pae_jax.data.splits import Split as Split
+from pae_jax.data.splits import Splits as Splits
+from pae_jax.data.splits import channel_statistics as channel_statistics
+from pae_jax.data.splits import class_incremental as class_incremental
+from pae_jax.data.splits import normalised as normalised
+from pae_jax.data.streaming import Batches as Batches
+from pae_jax.data.streaming import batches as batches
+from pae_jax.data.streaming import in_order as in_order
