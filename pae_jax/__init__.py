@@ -5,6 +5,7 @@ it, give the freed weights to the next task, which may use all older weights but
 """
 
 from pae_jax import data as data
+from pae_jax import faces as faces
 from pae_jax import metrics as metrics
 from pae_jax import models as models
 from pae_jax import recipes as recipes
@@ -30,7 +31,6 @@ from pae_jax.evaluation import evaluate as evaluate
 from pae_jax.evaluation import features as features
 from pae_jax.evaluation import predict as predict
 from pae_jax.expansion import expand as expand
-from pae_jax.fitting import History as History
 from pae_jax.fitting import fit as fit
 from pae_jax.judging import Plateau as Plateau
 from pae_jax.learner import Outcome as Outcome
@@ -43,6 +43,7 @@ from pae_jax.lifelong import Stream as Stream
 from pae_jax.lifelong import baseline as baseline
 from pae_jax.lifelong import learn as learn
 from pae_jax.lifelong import learn_all as learn_all
+from pae_jax.looping import History as History
 from pae_jax.network import Net as Net
 from pae_jax.network import width_for as width_for
 from pae_jax.ownership import free_fraction as free_fraction
@@ -54,6 +55,8 @@ from pae_jax.pruning import prune as prune
 from pae_jax.recipes import Recipe as Recipe
 from pae_jax.reporting import report as report
 from pae_jax.runs import Run as Run
+from pae_jax.serving import Inference as Inference
+from pae_jax.serving import Server as Server
 from pae_jax.state import Growth as Growth
 from pae_jax.state import State as State
 from pae_jax.state import TaskState as TaskState

@@ -23,13 +23,24 @@ class Feed(NamedTuple):
     Attributes:
       epoch: `(epoch, key) -> iterator of (x, y)`; with key None the batches come in order and none is left out.
       steps: batches per epoch of training, None if unknown.
+      arrays: `(x, y)` where the data is arrays, None otherwise.
+      order: with arrays, `(epoch, key) -> positions (steps, batch)` of the batches that `epoch` gives.
     """
 
     epoch: Callable[[int, jax.Array | None], Iterator[Batch]]
     steps: int | None
+    arrays: Batch | None = None
+    order: Callable[[int, jax.Array], np.ndarray] | None = None
 
 
-def feed(net: Net, data: Any, logits: Any, batch_size: int, class_labels: bool) -> Feed:
+def feed(
+    net: Net,
+    data: Any,
+    logits: Any,
+    batch_size: int,
+    class_labels: bool,
+    augment: Callable[[jax.Array, Tree], Tree] | None = None,
+) -> Feed:
     """Turn data into batches.
 
     Args:
@@ -39,6 +50,7 @@ def feed(net: Net, data: Any, logits: Any, batch_size: int, class_labels: bool) 
       logits: abstract output of the head, for the shape and range of labels.
       batch_size: examples per batch; batches that the data brings are taken as they are.
       class_labels: whether labels must be class numbers (the default loss needs them).
+      augment: `(key, x) -> x`; what it makes of a batch must fit the network, whatever the batch is.
 
     Raises:
       DataError: empty data, x and y of different lengths, NaN or infinity, labels outside the head's range.
@@ -47,7 +59,7 @@ def feed(net: Net, data: Any, logits: Any, batch_size: int, class_labels: bool) 
     batch_size = check_batch_size(batch_size)
 
     def check(batch: Any, where: str) -> Batch:
-        return _checked(net, batch, logits, class_labels, where)
+        return _checked(net, batch, logits, class_labels, where, augment)
 
     if _is_arrays(data):
         x, y = check(data, "data")
@@ -94,23 +106,26 @@ def _is_arrays(data: Any) -> bool:
 def _array_feed(x: Tree, y: np.ndarray, batch_size: int) -> Feed:
     count = len(y)
     size = min(batch_size, count)
+    steps = count // size
+
+    def order(index: int, key: jax.Array) -> np.ndarray:
+        # Full batches only: a ragged last one would compile the train step again. The permutation differs from epoch
+        # to epoch, so no example stays out.
+        seed = np.asarray(jax.random.key_data(jax.random.fold_in(key, index)))
+        return np.random.default_rng(seed).permutation(count)[: steps * size].reshape(steps, size)
 
     def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
         if key is None:
-            order, stop = None, count
+            batches: Iterable[Any] = (slice(start, start + size) for start in range(0, count, size))
         else:
-            # Full batches only: a ragged last one would compile the train step again. The permutation differs from
-            # epoch to epoch, so no example stays out.
-            seed = np.asarray(jax.random.key_data(jax.random.fold_in(key, index)))
-            order, stop = np.random.default_rng(seed).permutation(count), count - count % size
-        for start in range(0, stop, size):
-            chosen = slice(start, start + size) if order is None else order[start : start + size]
+            batches = order(index, key)
+        for chosen in batches:
             yield jax.tree.map(lambda leaf: leaf[chosen], x), y[chosen]  # noqa: B023
 
-    return Feed(epoch, count // size)
+    return Feed(epoch, steps, (x, y), order)
 
 
-def _checked(net: Net, batch: Any, logits: Any, class_labels: bool, where: str) -> Batch:
+def _checked(net: Net, batch: Any, logits: Any, class_labels: bool, where: str, augment: Any) -> Batch:
     if isinstance(batch, dict):
         missing = {"image", "label"} - batch.keys()
         if missing:
@@ -123,7 +138,7 @@ def _checked(net: Net, batch: Any, logits: Any, class_labels: bool, where: str) 
     x, y = jax.tree.map(_array, x), _array(y)
     if y.ndim < 1:
         raise DataError(f"{where}: y must have a leading batch axis, found a scalar")
-    check_inputs(net, x)
+    check_inputs(net, x if augment is None else jax.eval_shape(augment, jax.random.key(0), x))
     for path, leaf in trees.flatten(x).items():
         place = f"{where}: x{' ' + path if path else ''}"
         if len(leaf) != len(y):
@@ -133,7 +148,7 @@ def _checked(net: Net, batch: Any, logits: Any, class_labels: bool, where: str) 
         raise DataError(f"{where}: no examples; at least 1 is needed")
     _require_finite(y, f"{where}: y")
     _check_labels(y, logits, class_labels, where)
-    return x, y
+    return x, y.astype(np.int32) if y.dtype == np.bool_ else y
 
 
 def _array(leaf: Any) -> Any:

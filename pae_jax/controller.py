@@ -1,15 +1,20 @@
-"""Decisions of the lifelong loop as pure functions of records: no training, no files."""
+"""Records of the lifelong loop, and its decisions as pure functions of them: no training, no files."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pae_jax.network import width_for
-from pae_jax.recipes import Expansion, Ladder
+import jax
+
+from pae_jax import ownership
+from pae_jax.network import Net, width_for
+from pae_jax.recipes import Expansion, Ladder, Recipe
+from pae_jax.state import State
 from pae_jax.tasks import Metric
 
 
@@ -38,7 +43,7 @@ class StageRecord:
     """What is known of one stage of learning a task.
 
     Attributes:
-      task: name of the task.
+      task: name of the task; "... (own network)" where it was trained alone.
       stage: name of the stage, unique within the task.
       width: channel factor of the network.
       pruned: fraction freed of the weights available to the task.
@@ -51,6 +56,7 @@ class StageRecord:
       diverged: whether training met values that are not finite; the stage has no network then.
       sizes: MB (2^20 bytes) by the paper's formula, by column name.
       history: one dict per epoch, as in `pae.History.rows`.
+      metric: name of the metric.
     """
 
     task: str
@@ -66,15 +72,71 @@ class StageRecord:
     diverged: bool = False
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)
     history: tuple[dict[str, float], ...] = ()
+    metric: str = "accuracy"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON can say it."""
-        return dataclasses.asdict(self)
+        """Return the record as JSON can say it; numbers that are not finite are null."""
+        fields = dataclasses.asdict(self)
+        rows = [{name: _or_null(value) for name, value in row.items()} for row in self.history]
+        values = {"value": _or_null(self.value), "train_value": _or_null(self.train_value)}
+        return {**fields, **values, "history": rows}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> StageRecord:
-        """Undo `to_json`."""
-        return cls(**{**fields, "history": tuple(fields["history"])})
+        """Undo `to_json`; null becomes NaN."""
+        rows = tuple({name: _or_nan(value) for name, value in row.items()} for row in fields["history"])
+        return cls(**{**fields, "value": _or_nan(fields["value"]), "history": rows})
+
+
+def _or_null(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+@dataclass
+class Stage:
+    """A stage of a task: its record, and the network, read from disk only when asked for."""
+
+    record: StageRecord
+    load: Callable[[], State]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of learning a task.
+
+    Attributes:
+      status: how it ended.
+      state: the network with the task frozen; unchanged where the task was not added.
+      task: name of the task.
+      value: metric on validation data of what was kept; NaN without validation data or network.
+      goal: value to reach; None without.
+      test: metric on test data of what was kept; None without test data.
+      pruned: fraction freed of the weights that were available.
+      width: channel factor of the network.
+      records: every stage that was tried, in order.
+    """
+
+    status: Status
+    state: State
+    task: str
+    value: float
+    goal: float | None
+    test: float | None
+    pruned: float
+    width: float
+    records: tuple[StageRecord, ...]
+
+    def __str__(self) -> str:
+        goal = "" if self.goal is None else f", goal {self.goal:.4f}"
+        lines = [f"{self.task}: {self.status.value}, validation {self.value:.4f}{goal}, {self.pruned:.1%} pruned"]
+        for r in self.records:
+            found = "diverged" if r.diverged else f"validation {r.value:.4f}"
+            lines.append(f"  {r.stage:<18} size ratio {r.width**2:.3g}, pruned {r.pruned:.3f}: {found}")
+        return "\n".join(lines)
 
 
 def wider(width: float, expansion: Expansion | None) -> float | None:
@@ -87,8 +149,30 @@ def wider(width: float, expansion: Expansion | None) -> float | None:
     ratio = width**2
     if ratio >= expansion.maximum * (1 - 1e-9):
         return None
-    following = min(ratio + expansion.step, expansion.maximum)
-    return width_for(round(following, 9))
+    return width_for(min(round(ratio + expansion.step, 9), expansion.maximum))
+
+
+def next_width(net: Net, width: float, expansion: Expansion | None) -> float | None:
+    """Return the next width at which some layer is larger, or None where there is none.
+
+    Channel counts are rounded down, so a small step of the size ratio may change nothing.
+    """
+    following = wider(width, expansion)
+    while following is not None and _shapes(net, following) == _shapes(net, width):
+        following = wider(following, expansion)
+    return following
+
+
+def starting_width(net: Net, state: State, recipe: Recipe) -> float | None:
+    """Return the width at which a new task starts, wider where no free weight is left; None if it cannot start."""
+    if recipe.allow_empty or ownership.free_fraction(state) > 0:
+        return state.width
+    return next_width(net, state.width, recipe.expansion)
+
+
+def _shapes(net: Net, width: float) -> list[tuple[int, ...]]:
+    layout = net.layout(width)
+    return [leaf.shape for leaf in jax.tree.leaves((layout.shared, layout.local))]
 
 
 def rungs(ladder: Ladder, met: bool, upcoming: int | None) -> tuple[float, ...]:

@@ -1,46 +1,26 @@
-"""The training loop around the compiled step: `fit`."""
+"""`fit`: the call that trains, checked before anything is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-from pae_jax import heads, ownership, training
+from pae_jax import heads
 from pae_jax.batching import Feed, feed
-from pae_jax.errors import ArgumentError, DivergedError, StructureError
+from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.evaluation import EVAL_BATCH, require_own_net
 from pae_jax.judging import Judge, Plateau
-from pae_jax.network import Net, as_inputs, as_key
-from pae_jax.pruning import CubicSchedule, Room, check_choice
-from pae_jax.state import State, TaskState, find_trainable
-from pae_jax.training import PARTS, Augment, Carry, Loss, OptStates, Rule, softmax_cross_entropy
-from pae_jax.trees import abstract, require_match
-
-Rate = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class History:
-    """What happened in a `fit`.
-
-    Attributes:
-      rows: one dict per epoch: `epoch` (from 1), `loss` (mean over the steps), and with validation data `val_loss`
-        and `val_accuracy`.
-      kept_epoch: epoch whose weights were returned.
-      opt_state: state of the optimizer at the end, `OptStates` of both where picks were trained; hand it to another
-        `fit` as `opt_state=` to go on. None after a divergence.
-    """
-
-    rows: tuple[dict[str, float], ...]
-    kept_epoch: int
-    opt_state: Any
+from pae_jax.looping import History, Loop, Rate
+from pae_jax.network import Net, as_key
+from pae_jax.placement import Placement
+from pae_jax.pruning import CubicSchedule, check_choice
+from pae_jax.state import State, find_trainable
+from pae_jax.training import PARTS, Augment, Loss, Rule, softmax_cross_entropy
 
 
 def fit(
@@ -65,6 +45,9 @@ def fit(
     score: Callable[[State], float] | None = None,
     plateau: Plateau | None = None,
     opt_state: Any = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
+    steps_per_call: int | None = None,
     progress: bool = True,
 ) -> tuple[State, History]:
     """Train the newest task; nothing of any other task changes by a single bit, whatever the optimizer.
@@ -101,6 +84,12 @@ def fit(
         the state.
       plateau: lowers the rate by the score of the epochs; needs keep="best".
       opt_state: state of the same optimizer to go on with; None starts afresh.
+      mesh: devices that share the work: each takes a part of every batch. The result is that of one device up to the
+        order of summation, and comes back to where the state's arrays live.
+      split_weights: with a mesh, whether weights, owners and optimizer state are split over the devices as well,
+        each array along its longest axis that the devices divide.
+      steps_per_call: train steps that one call to the device takes, for data in arrays, which then stay on the device.
+        None takes 1 on a CPU, where loops inside a program are slow, and up to 50 elsewhere.
       progress: show a progress bar.
 
     Returns:
@@ -144,7 +133,9 @@ def fit(
     ordered = tuple(part for part in PARTS if part in parts)
     rule = Rule(_transformation(optimizer), objective, pick_tx, augment, ordered)
     _, logits = heads.layout(net, entry.head_spec, entry.width)
-    batches = feed(net, train, logits, batch_size, class_labels=loss is None)
+    batches = feed(net, train, logits, batch_size, class_labels=loss is None, augment=augment)
+    placement = _placement(mesh, split_weights, batches, batch_size)
+    calls = _steps_per_call(steps_per_call, batches, placement)
     if pruning and batches.steps is not None and pruning.end > batches.steps * epochs:
         raise ArgumentError(
             f"pruning ends at step {pruning.end}, but {epochs} epochs of {batches.steps} steps are only "
@@ -153,97 +144,29 @@ def fit(
     val_feed = None if val is None else feed(net, val, logits, EVAL_BATCH, class_labels=loss is None)
     rates = (_schedule("rate", rate), _schedule("pick_rate", pick_rate))
     judge = Judge(net, task, val_feed, objective, score, keep == "best", plateau)
-    run = _Fit(net, state, task, entry, rule, rates, pruning, as_key(key))
-    return run.run(batches, judge, int(epochs), opt_state, progress)
+    loop = Loop(net, state, task, entry, rule, rates, pruning, as_key(key), placement, calls)
+    return loop.run(batches, judge, int(epochs), opt_state, progress)
 
 
-class _Fit:
-    """One call of `fit`: what stays the same from epoch to epoch."""
+def _placement(mesh: Mesh | None, split_weights: bool, batches: Feed, batch_size: int) -> Placement | None:
+    if mesh is None:
+        if split_weights:
+            raise ArgumentError("split_weights splits over the devices of a mesh; pass mesh= as well")
+        return None
+    placement = Placement(mesh, split_weights)
+    placement.check_batch(batch_size if batches.arrays is None else min(batch_size, len(batches.arrays[1])))
+    return placement
 
-    def __init__(
-        self,
-        net: Net,
-        state: State,
-        task: str,
-        entry: TaskState,
-        rule: Rule,
-        rates: tuple[Rate, Rate],
-        pruning: CubicSchedule | None,
-        key: jax.Array,
-    ):
-        self.net, self.state, self.task, self.entry = net, state, task, entry
-        self.pruning, self.rule, self.rates = pruning, rule, rates
-        self.owner = state.owner
-        self.room = Room(state.owner, entry.id, pruning.scope) if pruning else None
-        self.task_id = ownership.id_array(entry.id)
-        self.shuffle_key, self.step_key = jax.random.split(key)
-        self.step = training.train_step(net, entry, rule)
-        self.init_optimizer = training.optimizer_init(net, rule)
 
-    def run(self, batches: Feed, judge: Judge, epochs: int, opt_state: Any, progress: bool) -> tuple[State, History]:
-        carry = self._start(opt_state)
-        rows: list[dict[str, float]] = []
-        taken = 0
-        total = None if batches.steps is None else batches.steps * epochs
-        with tqdm(total=total, desc=f"fit {self.task}", unit="step", disable=not progress, leave=False) as bar:
-            for epoch in range(epochs):
-                steps = 0
-                for x, y in batches.epoch(epoch, self.shuffle_key):
-                    rates = np.asarray([judge.rate * rate(taken + steps) for rate in self.rates], np.float32)
-                    inputs = as_inputs(self.net, x)
-                    carry = self.step(carry, self.owner, self.task_id, self.step_key, rates, inputs, y)
-                    steps += 1
-                    # A bad step ends the pruning too; asking costs a wait, so only where something is released.
-                    if self.pruning and self.pruning.updates_at(taken + steps) and int(carry.bad_step) < 0:
-                        carry = self._release(carry, taken + steps)
-                    bar.update()
-                taken += steps
-                row = {"epoch": epoch + 1, "loss": float(carry.loss_sum) / max(steps, 1)}
-                bad = int(carry.bad_step)
-                if bad >= 0:
-                    history = History(tuple(rows), epoch, None)
-                    raise DivergedError(self.task, bad, self._state(carry), history)
-                row |= judge.measure(self._state(carry))
-                rows.append(row)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
-                carry = carry._replace(loss_sum=jnp.zeros((), jnp.float32))
-                if judge.keeps and not (self.pruning and taken < self.pruning.end):
-                    judge.consider(row, carry, self._state(carry))
-                    resumed = judge.slow_down(carry)
-                    if resumed is None:
-                        break
-                    carry = resumed
-        # Tracing may rewrite a schedule's closure, optax.cosine_decay_schedule does; its new key leads here as well.
-        training.train_step(self.net, self.entry, self.rule, known=self.step)
-        training.optimizer_init(self.net, self.rule, known=self.init_optimizer)
-        last = carry.opt_state if self.rule.pick_tx is not None else carry.opt_state.weights
-        if judge.best is not None:
-            return judge.best.state, History(tuple(rows), judge.best.epoch, last)
-        return self._state(carry), History(tuple(rows), len(rows), last)
-
-    def _start(self, opt_state: Any) -> Carry:
-        parts = (self.state.shared, self.entry.local, self.entry.head, self.entry.pick)
-        if opt_state is None:
-            opt_state = self.init_optimizer(*parts, self.owner, self.task_id)
-        else:
-            initial = jax.eval_shape(self.init_optimizer, *parts, self.owner, self.task_id)
-            hint = "It must come from a fit with the same optimizer, width and head."
-            opt_state = opt_state if isinstance(opt_state, OptStates) else OptStates(opt_state)
-            opt_state = jax.tree.map(jnp.asarray, opt_state)
-            require_match("opt_state", abstract(opt_state), abstract(initial), hint)
-        zero = jnp.zeros((), jnp.int32)
-        # The steps overwrite their operands in place; the caller's arrays must survive.
-        mine = jax.tree.map(jnp.copy, (*parts, opt_state))
-        return Carry(*mine, step=zero, bad_step=zero - 1, loss_sum=jnp.zeros((), jnp.float32))
-
-    def _release(self, carry: Carry, step: int) -> Carry:
-        assert self.pruning and self.room
-        shared, self.owner = self.room.prune(carry.shared, self.owner, self.pruning(step))
-        return carry._replace(shared=shared)
-
-    def _state(self, carry: Carry) -> State:
-        entry = self.entry.replace(local=carry.local, head=carry.head, pick=carry.pick)
-        return self.state.replace(shared=carry.shared, owner=self.owner, tasks={**self.state.tasks, self.task: entry})
+def _steps_per_call(wanted: int | None, batches: Feed, placement: Placement | None) -> int:
+    if wanted is None:
+        possible = batches.arrays is not None and placement is None and jax.default_backend() != "cpu"
+        return 50 if possible else 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ArgumentError(f"steps_per_call must be an integer of at least 1, found {wanted!r}")
+    if wanted > 1 and (batches.arrays is None or placement is not None):
+        raise ArgumentError("steps_per_call above 1 needs data in arrays and no mesh")
+    return wanted
 
 
 def _schedule(name: str, rate: float | Rate) -> Rate:

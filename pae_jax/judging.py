@@ -23,7 +23,8 @@ class Plateau:
     """Lower the learning rate when validation stops improving, and stop when that does not help.
 
     After `patience` epochs without a strictly better score, training goes back to the best epoch, weights and
-    optimizer state, with all updates multiplied by `factor`; at the `stop`-th such time in a row it ends.
+    optimizer state, with all updates multiplied by `factor`; at the `stop`-th such time in a row it ends. The score is
+    that of `pae.fit(score=)`, or validation accuracy, or without labels the negative validation loss.
 
     Attributes:
       patience: epochs without improvement, at least 1.
@@ -46,10 +47,16 @@ class Plateau:
     stop: int = 2
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.stop < 1:
-            raise ArgumentError(f"patience and stop must be at least 1, found {self.patience} and {self.stop}")
-        if not 0.0 < self.factor <= 1.0:
-            raise ArgumentError(f"factor must lie in (0, 1], found {self.factor}")
+        for name, value in (("patience", self.patience), ("stop", self.stop)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} must be an integer of at least 1, found {value!r}")
+        if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)) or not 0.0 < self.factor <= 1.0:
+            raise ArgumentError(f"factor must lie in (0, 1], found {self.factor!r}")
+
+
+def _ordered(value: float) -> float:
+    """Return a value that can be compared: NaN, which no comparison ranks, is the lowest."""
+    return -math.inf if math.isnan(value) else value
 
 
 class _Snapshot(NamedTuple):
@@ -84,17 +91,20 @@ class Judge:
 
     def consider(self, row: dict[str, float], carry: Carry, state: State) -> None:
         """Keep an epoch if it is the best so far."""
-        loss = row.get("val_loss", 0.0)
-        score = (row.get("score", row.get("val_accuracy", 0.0)), -math.inf if math.isnan(loss) else -loss)
-        if self.best is not None and score <= self.best.score:
+        lowest = -row.get("val_loss", 0.0)
+        score = _ordered(row.get("score", row.get("val_accuracy", lowest))), _ordered(lowest)
+        if self.best is None or score[0] > self.best.score[0]:
+            self.waited = self.decays = 0
+        else:  # the loss breaks ties in what is kept, but a lower loss alone is no better score
             self.waited += 1
+        if self.best is not None and score <= self.best.score:
             return
         # The next step overwrites the arrays in place. The optimizer's state is only gone back to on a plateau.
         kept = carry if self.plateau else carry._replace(opt_state=OptStates(None))
         kept = jax.tree.map(jnp.copy, kept)
         entry = state.tasks[self.task].replace(local=kept.local, head=kept.head, pick=kept.pick)
         state = state.replace(shared=kept.shared, tasks={**state.tasks, self.task: entry})
-        self.best, self.waited, self.decays = _Snapshot(score, int(row["epoch"]), state, kept), 0, 0
+        self.best = _Snapshot(score, int(row["epoch"]), state, kept)
 
     def slow_down(self, carry: Carry) -> Carry | None:
         """Return the carry to go on with, or None where training ends."""

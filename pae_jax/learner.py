@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
 
 from pae_jax import controller, heads, ownership, pruning, sizes, verification
 from pae_jax.batching import feed
-from pae_jax.controller import StageRecord, Status
-from pae_jax.errors import ArgumentError, DivergedError
+from pae_jax.controller import Outcome as Outcome
+from pae_jax.controller import Stage, StageRecord, Status
+from pae_jax.errors import DivergedError
 from pae_jax.expansion import expand
 from pae_jax.fitting import History, fit
 from pae_jax.lifecycle import freeze, pack
 from pae_jax.network import Net
 from pae_jax.pruning import CubicSchedule
 from pae_jax.recipes import Ladder, Phase, Recipe
-from pae_jax.runs import FROZEN, Run, Stage, TaskFolder
+from pae_jax.runs import FROZEN, Run, TaskFolder, no_network
 from pae_jax.state import State, find
 from pae_jax.tasks import Task
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of learning a task.
-
-    Attributes:
-      status: how it ended.
-      state: the network with the task frozen; unchanged where the task was not added.
-      task: name of the task.
-      value: metric on validation data of what was kept; NaN without validation data or network.
-      goal: value to reach; None without.
-      test: metric on test data of what was kept; None without test data.
-      pruned: fraction freed of the weights that were available.
-      width: channel factor of the network.
-      records: every stage that was tried, in order.
-    """
-
-    status: Status
-    state: State
-    task: str
-    value: float
-    goal: float | None
-    test: float | None
-    pruned: float
-    width: float
-    records: tuple[StageRecord, ...]
-
-    def __str__(self) -> str:
-        goal = "" if self.goal is None else f", goal {self.goal:.4f}"
-        lines = [f"{self.task}: {self.status.value}, validation {self.value:.4f}{goal}, {self.pruned:.1%} pruned"]
-        for r in self.records:
-            found = "diverged" if r.diverged else f"validation {r.value:.4f}"
-            lines.append(f"  {r.stage:<18} size ratio {r.width**2:.3g}, pruned {r.pruned:.3f}: {found}")
-        return "\n".join(lines)
 
 
 def stage_key(key: jax.Array, task: str, stage: str) -> jax.Array:
@@ -73,41 +40,49 @@ class Learner:
         state: State,
         task: Task,
         recipe: Recipe,
+        *,
         key: jax.Array,
         goal: float | None,
         upcoming: int | None,
         run: Run | None,
         folder: TaskFolder | None,
         progress: bool,
+        title: str | None = None,
     ):
         self.net, self.start, self.task, self.recipe, self.key = net, state, task, recipe, key
         self.goal, self.upcoming, self.run, self.folder, self.progress = goal, upcoming, run, folder, progress
-        self.metric = task.metric
+        self.metric, self.title = task.metric, title or task.name
         self.records: list[StageRecord] = []
         self.heads = {name: e.head_spec for name, e in state.tasks.items() if not isinstance(e.head_spec, int)}
         if not isinstance(task.head, int):
             self.heads[task.name] = task.head
         _, logits = heads.layout(net, task.head, state.width)
-        self.steps = feed(net, task.train, logits, recipe.batch_size, class_labels=task.loss is None).steps
+        # Checked data of unknown length has nothing in its recipe that counts steps.
+        self.steps = feed(net, task.train, logits, recipe.batch_size, class_labels=task.loss is None).steps or 1
 
     def learn(self) -> Outcome:
-        if self.folder is not None and (self.folder.path / FROZEN).exists():
+        if self.folder is not None and self.folder.finished:
             return self._finished(self.folder)
-        width: float | None = self.start.width
-        if not self._has_room():
-            width = controller.wider(self.start.width, self.recipe.expansion)
-            if width is None:
-                self._log("no capacity")
-                return self._not_added(Status.NO_CAPACITY)
+        width = controller.starting_width(self.net, self.start, self.recipe)
+        if width is None:
+            self._log("no capacity")
+            return self._not_added(Status.NO_CAPACITY)
         attempt = 0
         while True:
             trained = self._stage(f"{attempt}-trained", lambda label, width=width: self._train(label, width))
             if trained.record.diverged:
                 return self._not_added(Status.DIVERGED)
-            following = controller.wider(width, self.recipe.expansion)
+            following = controller.next_width(self.net, width, self.recipe.expansion)
             if self._reaches(trained) or following is None:
                 return self._freeze(self._retrain(self._climb(trained, attempt), attempt))
+            trained.load = no_network
             width, attempt = following, attempt + 1
+
+    def finished_value(self) -> float | None:
+        """Return the metric of what was kept if the task is frozen on disk, without reading the network."""
+        if self.folder is None or not self.folder.finished:
+            return None
+        return StageRecord.from_json(self.folder.metadata(FROZEN)["record"]).value
 
     def _train(self, label: str, width: float) -> tuple[State | None, StageRecord]:
         key, task, recipe = stage_key(self.key, self.task.name, label), self.task, self.recipe
@@ -127,32 +102,43 @@ class Learner:
             allow_empty=recipe.allow_empty,
             **picks,
         )
+        phases = [(recipe.train, fit_key)]
         if recipe.head_first is not None:
-            state, _ = self._fit(state, recipe.head_first, head_key)
-        return self._measured(label, state, recipe.train, fit_key, None)
+            phases.insert(0, (recipe.head_first, head_key))
+        return self._measured(label, state, phases, None)
 
     def _climb(self, trained: Stage, attempt: int) -> Stage:
         ladder = self.recipe.ladder
         if ladder is None or not trained.record.weights:
             return trained
         met = self._reaches(trained)
-        stages, before = [trained], 0.0
+        stages, before, chosen = [trained], 0.0, trained
         for rung in controller.rungs(ladder, met, self.upcoming):
             below, last = stages[-1], before
             stage = self._stage(
                 f"{attempt}-pruned-{rung:.3f}",
                 lambda label, below=below, last=last, rung=rung: self._rung(label, below, ladder, last, rung),
             )
-            floor, found = ladder.floor, stage.record.train_value
-            if stage.record.diverged or (floor is not None and found is not None and found <= floor):
+            if stage.record.diverged or not self._above_floor(ladder, stage.record):
                 break
             stages.append(stage)
             before = rung
-            climbed = [one.record for one in stages[1:]]
-            if met and controller.ends(ladder, climbed, self.metric, self.goal, self.recipe.tolerance):
+            records = [one.record for one in stages]
+            number = controller.choose(records, ladder, self.metric, self.goal, self.recipe.tolerance, met)
+            # What is chosen among all rungs is what is chosen now or comes later, so the others may be let go.
+            for one in stages[:-1]:
+                if one is not stages[number]:
+                    one.load = no_network
+            chosen = stages[number]
+            if met and controller.ends(ladder, records[1:], self.metric, self.goal, self.recipe.tolerance):
                 break
-        records = [stage.record for stage in stages]
-        return stages[controller.choose(records, ladder, self.metric, self.goal, self.recipe.tolerance, met)]
+        return chosen
+
+    def _above_floor(self, ladder: Ladder, record: StageRecord) -> bool:
+        if ladder.floor is None:
+            return True
+        found = math.nan if record.train_value is None else record.train_value
+        return self.metric.score(found) > self.metric.score(ladder.floor)
 
     def _rung(
         self, label: str, below: Stage, ladder: Ladder, before: float, rung: float
@@ -160,11 +146,11 @@ class Learner:
         state, key = below.load(), stage_key(self.key, self.task.name, label)
         schedule = None
         if ladder.ramp:
-            end = max(1, round(ladder.ramp * self._steps_per_epoch()))
+            end = max(1, round(ladder.ramp * self.steps))
             schedule = CubicSchedule(final=rung, end=end, initial=before, every=ladder.every, scope=ladder.scope)
         else:
             state = pruning.prune(state, self.task.name, rung, scope=ladder.scope, of=ladder.of)
-        return self._measured(label, state, ladder.phase, key, below.record, schedule, train_value=bool(ladder.floor))
+        return self._measured(label, state, [(ladder.phase, key)], below.record, schedule, ladder.floor is not None)
 
     def _retrain(self, chosen: Stage, attempt: int) -> Stage:
         phase = self.recipe.retrain
@@ -173,7 +159,7 @@ class Learner:
 
         def make(label: str) -> tuple[State | None, StageRecord]:
             key = stage_key(self.key, self.task.name, label)
-            return self._measured(label, chosen.load(), phase, key, chosen.record)
+            return self._measured(label, chosen.load(), [(phase, key)], chosen.record)
 
         again = self._stage(f"{attempt}-retrained", make)
         if again.record.diverged:
@@ -190,7 +176,8 @@ class Learner:
         if self.goal is not None:
             status = Status.GOAL_MET if self._reaches(chosen) else Status.GOAL_MISSED
         if self.folder is not None:
-            more = {"status": status.name, "test": test, "goal": self.goal}
+            known = None if test is None or math.isnan(test) else test
+            more = {"status": status.name, "test": known, "goal": self.goal}
             self.folder.write_records(self.records)
             self.folder.put(FROZEN, replace(chosen.record, stage=FROZEN, history=()), state, more)
             return self._finished(self.folder, state)
@@ -218,7 +205,7 @@ class Learner:
         )
 
     def _not_added(self, status: Status) -> Outcome:
-        records, nothing = tuple(self.records), float("nan")
+        records, nothing = tuple(self.records), math.nan
         return Outcome(status, self.start, self.task.name, nothing, self.goal, None, 0.0, self.start.width, records)
 
     def _stage(self, label: str, make: Callable[[str], tuple[State | None, StageRecord]]) -> Stage:
@@ -228,9 +215,9 @@ class Learner:
             self._log("started", stage=label)
             state, record = make(label)
             if self.folder is not None and self.run is not None:
+                self.run.scalars(record)  # before the stage is there: a process killed between would not come back
                 self.folder.put(label, record, state, {})
-                self.run.scalars(record)
-            facts = {"value": record.value, "pruned": record.pruned, "epochs": record.epochs}
+            facts = {"value": record.value, "pruned": record.pruned, "epochs": record.epochs, "width": record.width}
             self._log("diverged" if record.diverged else "finished", stage=label, **facts)
             stage = Stage(record, lambda: cast("State", state))
         self.records.append(stage.record)
@@ -242,45 +229,49 @@ class Learner:
         self,
         label: str,
         state: State,
-        phase: Phase,
-        key: jax.Array,
+        phases: Sequence[tuple[Phase, jax.Array]],
         before: StageRecord | None,
         schedule: CubicSchedule | None = None,
         train_value: bool = False,
     ) -> tuple[State | None, StageRecord]:
-        """Train a phase; return the network and its record, or no network if training diverged."""
-        earlier = before.epochs if before is not None else 0
-        record = StageRecord(self.task.name, label, state.width, 0.0, float("nan"), None, earlier, earlier, 0, 0)
+        """Train phases, each with its key; return the network and its record, or no network if training diverged."""
+        earlier = kept = before.epochs if before is not None else 0
+        rows: list[dict[str, float]] = []
+        facts = (self.title, label, state.width, 0.0, math.nan, None, earlier, kept, 0, 0)
+        record = StageRecord(*facts, metric=self.metric.name)
         try:
-            state, history = self._fit(state, phase, key, schedule)
+            for phase, key in phases:
+                state, history = self._fit(state, phase, key, schedule)
+                kept = earlier + len(rows) + history.kept_epoch
+                rows.extend(history.rows)
         except DivergedError as error:
-            rows = error.history.rows
-            return None, replace(record, epochs=earlier + len(rows), diverged=True, history=rows)
+            rows.extend(error.history.rows)
+            return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))
         own, free = (int(n.sum()) for n in ownership.host_counts(state.owner, find(state, self.task.name).id))
-        measure = lambda data: self.metric.of(self.net, state, self.task.name, data, self.task.loss)  # noqa: E731
+
+        def measure(data: Any) -> float:
+            return self.metric.of(self.net, state, self.task.name, data, self.task.loss)
+
         return state, replace(
             record,
             pruned=free / (own + free) if own + free else 0.0,
-            value=measure(self.task.val) if self.task.val is not None else float("nan"),
+            value=measure(self.task.val) if self.task.val is not None else math.nan,
             train_value=measure(self.task.train) if train_value else None,
-            epochs=earlier + len(history.rows),
-            kept_epoch=earlier + history.kept_epoch,
+            epochs=earlier + len(rows),
+            kept_epoch=kept,
             weights=own,
             free=free,
             sizes=sizes.csv_columns(sizes.paper(state), self.task.name),
-            history=history.rows,
+            history=tuple(rows),
         )
 
-    def _fit(
-        self, state: State, phase: Phase, key: jax.Array, schedule: CubicSchedule | None = None
-    ) -> tuple[State, History]:
+    def _fit(self, state: State, phase: Phase, key: jax.Array, schedule: CubicSchedule | None) -> tuple[State, History]:
         task, picked = self.task, find(state, self.task.name).pick is not None
         chooses = phase.keep == "best" and task.val is not None
         score = None
         if task.metric.measure is not None and chooses:
             score = lambda now: task.metric.score(task.metric.of(self.net, now, task.name, task.val, task.loss))  # noqa: E731
         pick_rate = phase.pick_rate if picked else None
-        steps = self.steps or 1
         return fit(
             self.net,
             state,
@@ -293,9 +284,9 @@ class Learner:
             val=task.val,
             loss=task.loss,
             augment=task.augment,
-            rate=phase.rate.schedule(phase.epochs, steps),
+            rate=phase.rate.schedule(phase.epochs, self.steps),
             pick_optimizer=None if pick_rate is None else phase.pick_optimizer.transformation(),
-            pick_rate=1.0 if pick_rate is None else pick_rate.schedule(phase.epochs, steps),
+            pick_rate=1.0 if pick_rate is None else pick_rate.schedule(phase.epochs, self.steps),
             pruning=schedule,
             parts=phase.parts,
             keep="best" if chooses else "last",
@@ -304,20 +295,9 @@ class Learner:
             progress=self.progress,
         )
 
-    def _steps_per_epoch(self) -> int:
-        if self.steps is None:
-            raise ArgumentError(
-                f"task {self.task.name!r}: the training data has no length, so a ramp of epochs has no number of "
-                "steps; give data with a length, or a ladder with ramp=0"
-            )
-        return self.steps
-
     def _reaches(self, stage: Stage) -> bool:
         return self.goal is None or self.metric.reaches(stage.record.value, self.goal, self.recipe.tolerance)
 
-    def _has_room(self) -> bool:
-        return self.recipe.allow_empty or ownership.free_fraction(self.start) > 0
-
     def _log(self, event: str, **facts: Any) -> None:
         if self.run is not None and self.folder is not None:
-            self.run.log(event, task=self.task.name, folder=self.folder.path.name, **facts)
+            self.run.log(event, task=self.title, folder=self.folder.path.name, **facts)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from pae_jax import heads, verification
-from pae_jax.batching import feed
+from pae_jax.controller import Outcome, starting_width
 from pae_jax.errors import ArgumentError
-from pae_jax.evaluation import require_own_net
-from pae_jax.learner import Learner, Outcome, stage_key
+from pae_jax.learner import Learner, stage_key
 from pae_jax.lifecycle import init
 from pae_jax.metrics import AccuracyMatrix
 from pae_jax.network import Net, as_key
+from pae_jax.preconditions import check_call, check_stream, recipe_for
 from pae_jax.recipes import Recipe
-from pae_jax.runs import Run
-from pae_jax.state import State, find, names, newest
+from pae_jax.runs import Run, matrix_of, settings_of
+from pae_jax.state import State
 from pae_jax.tasks import Task
-from pae_jax.trees import flatten
 
 
 def learn(
@@ -80,18 +76,20 @@ def learn(
 
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
-    recipe = recipe.first if recipe.first is not None and not state.tasks else recipe
-    key = as_key(key)
-    check_call(net, state, task, recipe)
-    if goal is None and recipe.goal == "baseline":
-        goal = baseline(net, task, recipe, key=key, run=run, progress=progress)
-    elif goal is None:
-        goal = cast("float | None", recipe.goal)
+    recipe, key = recipe_for(state, recipe), as_key(key)
+    check_call(net, state, task, recipe, goal, upcoming)
+    wanted = recipe.goal if goal is None else goal
+    if wanted == "baseline":
+        # Where the task cannot start at all, the long way to its goal is not gone.
+        stuck = starting_width(net, state, recipe) is None
+        wanted = None if stuck else baseline(net, task, recipe, key=key, run=run, progress=progress)
+    goal = None if wanted is None else float(wanted)
     folder = None
     if run is not None:
         settings = settings_of(state, task, recipe, key, goal, upcoming)
         folder = run.task_folder(f"{len(state.tasks) + 1:02d}-{task.name}", settings)
-    return Learner(net, state, task, recipe, key, goal, upcoming, run, folder, progress).learn()
+    facts: Any = {"key": key, "goal": goal, "upcoming": upcoming, "run": run, "folder": folder}
+    return Learner(net, state, task, recipe, **facts, progress=progress).learn()
 
 
 def baseline(
@@ -119,8 +117,7 @@ def baseline(
       The metric on validation data.
 
     Raises:
-      ArgumentError: no validation data.
-      DivergedError: training met values that are not finite.
+      ArgumentError: no validation data, or a training that met values that are not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -132,7 +129,9 @@ def baseline(
       >>> pae.baseline(net, task, recipe, key=jax.random.key(0), progress=False) > 0.9
       True
     """
-    return own_network(net, task, recipe, key=key, run=run, start=start, progress=progress).value
+    learner = _alone(net, task, recipe, key, run, start, progress)
+    known = learner.finished_value()
+    return _learned(learner).value if known is None else known
 
 
 def own_network(
@@ -146,6 +145,12 @@ def own_network(
     progress: bool = True,
 ) -> Outcome:
     """Train the task's own network, as `baseline` does, and return all that came of it."""
+    return _learned(_alone(net, task, recipe, key, run, start, progress))
+
+
+def _alone(
+    net: Net, task: Task, recipe: Recipe, key: jax.Array, run: Run | None, start: State | None, progress: bool
+) -> Learner:
     alone = replace(
         recipe,
         name=f"own network of {recipe.name}",
@@ -164,12 +169,18 @@ def own_network(
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
     check_call(net, start, task, alone)
-    folder = None
+    title, folder = f"{task.name} (own network)", None
     if run is not None:
-        folder = run.task_folder(f"baseline-{task.name}", settings_of(start, task, alone, key, None, None))
-    outcome = Learner(net, start, task, alone, key, None, None, run, folder, progress).learn()
+        settings = settings_of(start, task, alone, key, None, None, title)
+        folder = run.task_folder(f"baseline-{task.name}", settings)
+    facts: Any = {"key": key, "goal": None, "upcoming": None, "run": run, "folder": folder}
+    return Learner(net, start, task, alone, **facts, progress=progress, title=title)
+
+
+def _learned(learner: Learner) -> Outcome:
+    outcome = learner.learn()
     if not outcome.status.added:
-        raise ArgumentError(f"the own network of task {task.name!r} {outcome.status.value}: lower its learning rate")
+        raise ArgumentError(f"the own network of task {outcome.task!r} {outcome.status.value}: lower its learning rate")
     return outcome
 
 
@@ -179,8 +190,10 @@ class Stream:
 
     Attributes:
       state: the network with all tasks that were added.
-      outcomes: one per task tried, in order.
-      matrix: test metric of every task after each one; None without test data.
+      outcomes: one per task tried, in order. They all hold `state`, in which older tasks are what they were, so that
+        one network is kept in memory and not one per task.
+      matrix: test metric of the tasks after each one, of those with test data and a metric between 0 and 1 of which
+        more is better; None without such a task.
     """
 
     state: State
@@ -226,9 +239,10 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
+    check_stream(net, state, tasks, recipe, goals)
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
-    seen: list[Task] = []
+    measured: list[Task] = []
     for number, task in enumerate(tqdm(tasks, desc=recipe.name, unit="task", disable=not progress)):
         outcome = learn(
             net,
@@ -241,69 +255,18 @@ def learn_all(
             upcoming=len(tasks) - number - 1,
             progress=progress,
         )
-        outcomes.append(outcome)
+        state = outcome.state
+        outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:
             break
-        state = outcome.state
-        seen.append(task)
-        if any(one.test is None for one in seen):
+        if outcome.test is None or not task.metric.higher_is_better or not 0.0 <= outcome.test <= 1.0:
             continue
         known = run.accuracies(task.name) if run is not None else None
-        rows[task.name] = known or {one.name: one.metric.of(net, state, one.name, one.test, one.loss) for one in seen}
-        if run is not None and known is None:
-            run.record_accuracies(task.name, rows[task.name])
-    matrix = AccuracyMatrix(list(rows)) if rows else None
-    for after, accuracies in rows.items():
-        for name, value in accuracies.items():
-            if matrix is not None and name in rows:
-                matrix.record(after, name, value)
-    return Stream(state, tuple(outcomes), matrix)
-
-
-def check_call(net: Net, state: State, task: Task, recipe: Recipe) -> None:
-    """Raise for whatever would stop the loop later, before anything is computed or written."""
-    verification.check(state)
-    last = newest(state)
-    if last is not None:
-        require_own_net(net, state, find(state, last))
-    if task.name in state.tasks:
-        raise ArgumentError(
-            f"task {task.name!r} exists already; tasks: {', '.join(names(state))}. Choose another name."
-        )
-    heads.check_head(task.head)
-    chooses = recipe.goal is not None or (recipe.ladder is not None and recipe.ladder.choose != "last")
-    if task.val is None and chooses:
-        raise ArgumentError(
-            f"task {task.name!r} has no validation data, but recipe {recipe.name!r} chooses by it: hold out a part of "
-            "the training data as val="
-        )
-    _, logits = heads.layout(net, task.head, state.width)
-    for data in (task.train, task.val, task.test):
-        if data is not None:
-            feed(net, data, logits, recipe.batch_size, class_labels=task.loss is None)
-
-
-def settings_of(
-    state: State, task: Task, recipe: Recipe, key: jax.Array, goal: float | None, upcoming: int | None
-) -> dict[str, Any]:
-    """Return what decides the stages of a task; a resumed run must have the same."""
-    older = [find(state, name).digests for name in names(state)]
-    return {
-        "task": task.name,
-        "head": heads.describe(task.head),
-        "recipe": recipe.to_json(),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "goal": goal,
-        "upcoming": upcoming,
-        "width": state.width,
-        "before": zlib.crc32(repr((older, _checksums(state.shared))).encode()),
-        "data": {name: _checksums(getattr(task, name)) for name in ("train", "val", "test")},
-    }
-
-
-def _checksums(data: Any) -> Any:
-    """Return checksums of data that is arrays; None for what only iterating would show."""
-    if not isinstance(data, (tuple, dict)):
-        return None
-    leaves = {name: leaf for name, leaf in flatten(data).items() if hasattr(leaf, "dtype")}
-    return {name: zlib.crc32(np.ascontiguousarray(leaf).tobytes()) for name, leaf in leaves.items()}
+        if known is None:
+            known = {one.name: one.metric.of(net, state, one.name, one.test, one.loss) for one in measured}
+            known[task.name] = outcome.test
+            if run is not None:
+                run.record_accuracies(task.name, known)
+        rows[task.name] = known
+        measured.append(replace(task, train=None, val=None))  # data that nobody asks for any more may be let go
+    return Stream(state, tuple(outcomes), matrix_of(rows))

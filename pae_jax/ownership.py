@@ -87,7 +87,10 @@ def effective(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str, facto
         return select(visible(owner, task_id, sharing), shared)
 
     def leaf(w: jax.Array, own: jax.Array, old: jax.Array, factor: jax.Array) -> jax.Array:
-        return jnp.where(own, w, jnp.where(old, w * factor.astype(w.dtype), jnp.zeros((), w.dtype)))
+        # A product, not a selection, so that the score of a hidden weight gets its gradient; but 0 * NaN is NaN.
+        zero = jnp.zeros((), w.dtype)
+        known = jnp.where((factor != 0) | jnp.isfinite(w), w, zero)
+        return jnp.where(own, w, jnp.where(old, known * factor.astype(w.dtype), zero))
 
     return jax.tree.map(leaf, shared, owned(owner, task_id), picking.older(owner, task_id), factors)
 

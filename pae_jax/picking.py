@@ -43,9 +43,12 @@ class Picking:
     ternary: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ArgumentError(f"threshold must be finite and at least 0, found {self.threshold}")
-        if not (math.isfinite(self.initial) and self.initial > self.threshold):
+        for name, value in (("threshold", self.threshold), ("initial", self.initial)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ArgumentError(f"{name} must be a finite number, found {value!r}")
+        if self.threshold < 0:
+            raise ArgumentError(f"threshold must be at least 0, found {self.threshold}")
+        if not self.initial > self.threshold:
             raise ArgumentError(
                 f"initial must lie above the threshold {self.threshold}, so that all older weights are picked at "
                 f"first; found {self.initial}"
@@ -96,8 +99,9 @@ def from_bits(bits: np.ndarray, owner: Tree, task_id: int, ternary: bool) -> Tre
     where = [_older(o, task_id) for o in owners]
     count = sum(int(w.sum()) for w in where)
     size = -(-count // 8)
-    if bits.size != max(1, size * (2 if ternary else 1)):
-        raise CheckpointError(f"the picks of task {task_id} have {bits.size} bytes for {count} older weights")
+    if bits.dtype != np.uint8 or bits.shape != (max(1, size * (2 if ternary else 1)),):
+        found = f"{bits.dtype} of shape {bits.shape}"
+        raise CheckpointError(f"the picks of task {task_id} are {found}, which cannot be {count} older weights")
     flat = np.unpackbits(bits[:size], count=count).astype(np.bool_)
     if ternary:
         flat = flat.astype(np.int8) - np.unpackbits(bits[size:], count=count).astype(np.int8)

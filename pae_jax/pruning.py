@@ -1,8 +1,7 @@
-"""Exact magnitude pruning: k-th smallest by bisection of bit patterns, the cubic schedule, and `prune`."""
+"""Exact magnitude pruning: `prune`, gradual updates on a host-side budget, and the cubic schedule."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -13,89 +12,11 @@ import numpy as np
 
 from pae_jax import ownership, verification
 from pae_jax.errors import ArgumentError
+from pae_jax.selection import Scope, smallest
 from pae_jax.state import State, find_trainable
 from pae_jax.trees import Tree
 
-Scope = Literal["leaf", "global"]
 Of = Literal["available", "own"]
-
-
-def _magnitude_keys(leaf: jax.Array, candidates: jax.Array) -> jax.Array:
-    """Map |w| to unsigned integers of the same order; what may not be pruned maps to the largest integer.
-
-    The bit pattern of a non-negative IEEE float, read as an integer, grows with the float.
-    """
-    wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-    unsigned = jnp.uint64 if wide == jnp.float64 else jnp.uint32
-    bits = jax.lax.bitcast_convert_type(jnp.abs(leaf).astype(wide), unsigned)
-    return jnp.where(candidates, bits, jnp.asarray(jnp.iinfo(unsigned).max, unsigned))
-
-
-def _below(arrays: list[jax.Array], bounds: jax.Array) -> jax.Array:
-    """Count the entries below a bound in each array; int32 of shape (leaves,)."""
-    return jnp.stack([jnp.sum(a < bound, dtype=jnp.int32) for a, bound in zip(arrays, bounds, strict=True)])
-
-
-def _bisect(arrays: list[jax.Array], wanted: jax.Array, bits: int, pool) -> jax.Array:
-    """Return per leaf the largest bound with fewer than `wanted` entries below it.
-
-    That bound is the wanted-th smallest entry (1-based). It is built from its highest bit down: a bit stays set
-    while too few entries lie below, so `bits` counting passes over the arrays find it without a sort.
-    """
-    unsigned = arrays[0].dtype
-
-    def set_bit(i: jax.Array, bound: jax.Array) -> jax.Array:
-        trial = bound | (jnp.ones((), unsigned) << (bits - 1 - i).astype(unsigned))
-        return jnp.where(pool(_below(arrays, trial)) < wanted, trial, bound)
-
-    return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(len(arrays), unsigned))
-
-
-def smallest(leaves: list[jax.Array], candidates: list[jax.Array], wanted: jax.Array, scope: Scope) -> list[jax.Array]:
-    """Mark the entries of smallest magnitude, exactly as many as wanted, ties broken by index.
-
-    Args:
-      leaves: float arrays.
-      candidates: bool arrays of the same shapes; only these entries may be marked.
-      wanted: int32 of shape (leaves,): how many to mark in each leaf, at most its candidates; with scope "global"
-        every entry is the number to mark in all leaves together.
-      scope: "leaf" ranks each leaf by itself, "global" all leaves together.
-
-    Returns:
-      bool arrays of the same shapes.
-    """
-    together = scope == "global"
-    dtype = jnp.result_type(jnp.float32, *leaves)
-    keys = [_magnitude_keys(w.astype(dtype), c) for w, c in zip(leaves, candidates, strict=True)]
-    pool = (lambda n: jnp.broadcast_to(n.sum(), n.shape)) if together else (lambda n: n)
-    kth = _bisect(keys, wanted, jnp.iinfo(keys[0].dtype).bits - 1, pool)  # the sign bit of a magnitude is 0
-    ties = [c & (key == bound) for key, c, bound in zip(keys, candidates, kth, strict=True)]
-    tied = jnp.stack([jnp.sum(t, dtype=jnp.int32) for t in ties])
-    missing = wanted - pool(_below(keys, kth))
-    if together:  # earlier leaves give their ties first
-        before = jnp.cumsum(tied) - tied
-        missing = jnp.clip(missing - before, 0, tied)
-    last = jax.lax.cond(
-        jnp.all(missing == tied),
-        lambda: jnp.full(len(leaves), jnp.asarray(jnp.iinfo(jnp.uint32).max, jnp.uint32)),
-        lambda: _tie_bounds(ties, missing),
-    )
-    return [
-        (c & (key < bound)) | (tie & (_positions(tie.shape) < end))
-        for key, c, bound, tie, end in zip(keys, candidates, kth, ties, last, strict=True)
-    ]
-
-
-def _positions(shape: tuple[int, ...]) -> jax.Array:
-    return jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-
-
-def _tie_bounds(ties: list[jax.Array], missing: jax.Array) -> jax.Array:
-    """Return per leaf the position before which exactly `missing` tied entries lie."""
-    unmarked = jnp.asarray(jnp.iinfo(jnp.uint32).max, jnp.uint32)
-    positions = [jnp.where(tie, _positions(tie.shape), unmarked) for tie in ties]
-    last = _bisect(positions, missing, 32, lambda n: n)
-    return jnp.where(missing > 0, last + 1, jnp.zeros_like(last))
 
 
 @partial(jax.jit, static_argnames="scope")

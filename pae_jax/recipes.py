@@ -3,141 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from pae_jax.errors import ArgumentError
 from pae_jax.judging import Plateau
 from pae_jax.optimizers import Adam as Adam
-from pae_jax.optimizers import Optimizer
 from pae_jax.optimizers import Sgd as Sgd
+from pae_jax.phases import Expansion as Expansion
+from pae_jax.phases import Ladder as Ladder
+from pae_jax.phases import Phase as Phase
+from pae_jax.phases import Rate as Rate
+from pae_jax.phases import check_count, check_number
 from pae_jax.picking import Picking
-from pae_jax.pruning import Of, Scope, check_choice, check_fraction
+from pae_jax.pruning import check_choice
 from pae_jax.state import SHARING
-
-_SGD, _ADAM = Sgd(), Adam()
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A learning rate over the epochs of a phase.
-
-    `initial * product of the factors of all drops whose epoch has passed`, with `cosine` also
-    `* (1 + cos(pi t / T)) / 2` over the whole phase.
-
-    Attributes:
-      initial: first learning rate.
-      drops: `(epoch, factor)`: after so many epochs the rate is multiplied.
-      cosine: whether the rate falls to 0 by the end.
-
-    Example:
-      >>> from pae_jax.recipes import Rate
-      >>> rate = Rate(0.01, drops=((50, 0.1),)).schedule(epochs=100, steps=10)
-      >>> rate(0), round(rate(500), 6)
-      (0.01, 0.001)
-    """
-
-    initial: float
-    drops: tuple[tuple[float, float], ...] = ()
-    cosine: bool = False
-
-    def schedule(self, epochs: int, steps: int) -> Any:
-        """Return `step -> rate` for a number of epochs of so many steps each."""
-
-        def rate(step: int) -> float:
-            value = self.initial * math.prod(factor for epoch, factor in self.drops if step >= epoch * steps)
-            return value * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps))) if self.cosine else value
-
-        return rate
-
-
-@dataclass(frozen=True)
-class Phase:
-    """How a task trains for some epochs.
-
-    Attributes:
-      epochs: the most epochs it takes.
-      rate: learning rate of weights, local variables and head.
-      optimizer: what makes the optax chain; starts afresh in every phase.
-      plateau: lowers the rate when validation stops improving, and ends the phase; None takes all epochs.
-      keep: "best" keeps the epoch of the best validation metric, "last" the last one.
-      pick_rate: learning rate of the picks; None leaves them as they are.
-      pick_optimizer: as `optimizer`, of the picks.
-      parts: what is trained, of "shared", "local" and "head", as for `pae.fit`.
-    """
-
-    epochs: int
-    rate: Rate
-    optimizer: Optimizer = _SGD
-    plateau: Plateau | None = None
-    keep: Literal["best", "last"] = "best"
-    pick_rate: Rate | None = None
-    pick_optimizer: Optimizer = _ADAM
-    parts: tuple[Literal["shared", "local", "head"], ...] = ("shared", "local", "head")
-
-    def __post_init__(self) -> None:
-        check_choice("keep", self.keep, ("best", "last"))
-        if self.epochs < 0:
-            raise ArgumentError(f"epochs must be at least 0, found {self.epochs}")
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Pruning step by step: each rung frees a larger fraction, trains, and is kept or not.
-
-    Attributes:
-      rungs: fractions in (0, 1), increasing. Ignored with `equal_share`.
-      phase: training of each rung.
-      ramp: epochs of a rung over which its fraction rises (cubic); 0 frees it at once, before the training.
-      every: steps between the releases of a ramp.
-      choose: "largest_meeting_goal" takes the largest fraction whose validation metric reaches the goal,
-        "best_accuracy" the best metric, "last" the last rung climbed.
-      misses: rungs in a row below the goal that end the ladder; None climbs it to the top.
-      floor: the ladder ends at a rung whose accuracy on the training data is not above this; None never.
-      equal_share: one rung that leaves each task still to come as much as this one keeps, `1 - 1 / (upcoming + 1)`.
-      of: what fractions are of, as for `pae.prune`.
-      scope: as for `pae.prune`.
-    """
-
-    rungs: tuple[float, ...]
-    phase: Phase
-    ramp: float = 1.0
-    every: int = 10
-    choose: Literal["largest_meeting_goal", "best_accuracy", "last"] = "largest_meeting_goal"
-    misses: int | None = None
-    floor: float | None = None
-    equal_share: bool = False
-    of: Of = "available"
-    scope: Scope = "leaf"
-
-    def __post_init__(self) -> None:
-        for rung in self.rungs:
-            check_fraction(rung, "rungs")
-        if list(self.rungs) != sorted(set(self.rungs)) or not (self.rungs or self.equal_share):
-            raise ArgumentError(f"rungs must be increasing fractions, at least one; found {self.rungs}")
-        check_choice("choose", self.choose, ("largest_meeting_goal", "best_accuracy", "last"))
-        if not 0.0 <= self.ramp <= self.phase.epochs:
-            raise ArgumentError(f"ramp must lie in 0..{self.phase.epochs} epochs of its phase, found {self.ramp}")
-        if self.ramp and self.of == "own":
-            raise ArgumentError("of='own' counts a task's weights at one moment; it needs ramp=0")
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """When a task misses its goal, or finds no free weight, the network grows and the task starts again.
-
-    Attributes:
-      step: added to the size ratio (number of weights over that at width 1) each time, positive.
-      maximum: largest size ratio; it is never exceeded.
-    """
-
-    step: float
-    maximum: float
-
-    def __post_init__(self) -> None:
-        if not self.step > 0 or not self.maximum >= 1:
-            raise ArgumentError(f"step must be positive and maximum at least 1, found {self.step}, {self.maximum}")
 
 
 @dataclass(frozen=True)
@@ -161,6 +44,9 @@ class Recipe:
       reclaim_init: as for `pae.pack`.
       allow_empty: whether a task may start without a free weight.
       first: recipe of the first task of a network, where it differs; None takes this one.
+
+    Raises:
+      ArgumentError: a value outside its range, or settings that do not go together.
 
     Example:
       >>> import dataclasses, pae_jax as pae
@@ -189,8 +75,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("sharing", self.sharing, SHARING)
+        check_choice("norm_init", self.norm_init, ("fresh", "inherit"))
+        check_choice("reclaim_init", self.reclaim_init, ("zeros", "fresh"))
+        check_count("batch_size", self.batch_size, 1)
+        check_number("tolerance", self.tolerance, 0.0)
         if isinstance(self.goal, str):
             check_choice("goal", self.goal, ("baseline",))
+        elif self.goal is not None:
+            check_number("goal", self.goal)
         needs_goal = self.ladder is not None and self.ladder.choose == "largest_meeting_goal"
         if self.goal is None and (needs_goal or self.expansion is not None):
             raise ArgumentError(
@@ -199,17 +91,28 @@ class Recipe:
         if self.first is not None and self.first.first is not None:
             raise ArgumentError("the recipe of the first task cannot have another first recipe")
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases of training, in order."""
+        rung = None if self.ladder is None else self.ladder.phase
+        return tuple(p for p in (self.head_first, self.train, rung, self.retrain) if p is not None)
+
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON can say it; functions are named."""
-        return _plain(self)
+        return plain(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return settings as JSON can say them; what JSON has no word for is named by its type or function."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, "__qualname__", type(value).__qualname__)

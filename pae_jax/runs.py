@@ -5,32 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pae_jax import checkpoint
-from pae_jax.controller import StageRecord
+import jax
+import numpy as np
+
+from pae_jax import checkpoint, heads
+from pae_jax.controller import Stage, StageRecord
 from pae_jax.errors import ArgumentError, CheckpointError
 from pae_jax.metrics import AccuracyMatrix
 from pae_jax.network import Net
 from pae_jax.pruning import check_choice
-from pae_jax.state import State
+from pae_jax.recipes import Recipe, plain
+from pae_jax.state import State, find, names
+from pae_jax.tasks import Task
+from pae_jax.trees import describe, flatten
 
 FROZEN = "frozen"
-
-
-@dataclass
-class Stage:
-    """A stage of a task: its record, and the network, read from disk only when asked for."""
-
-    record: StageRecord
-    load: Callable[[], State]
 
 
 class Run:
@@ -60,28 +59,26 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; a run is a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self._rows: dict[tuple[str, str], dict[str, str]] = {}
         self._accuracies: list[tuple[str, dict[str, float]]] = []
-        saved = self.path / "accuracy.json"
+        table, saved = self.path / "stages.csv", self.path / "accuracy.json"
+        if table.exists():
+            # A process that is stopped before it has met all stages again must not make the table shorter.
+            rows = csv.DictReader(io.StringIO(table.read_text()))
+            self._rows = {(row["Task"], row["Stage"]): {k: v for k, v in row.items() if v} for row in rows}
         if saved.exists():
             self._accuracies = [(row["after"], row["accuracies"]) for row in json.loads(saved.read_text())]
-        self._writer = _scalars(self.path / "tensorboard")
+        self._writer: Any = None
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of `stages.csv` that this process has made or met again."""
-        return list(self._rows.values())
+    def rows(self) -> list[dict[str, str]]:
+        """Rows of `stages.csv`."""
+        return [dict(row) for row in self._rows.values()]
 
     @property
     def matrix(self) -> AccuracyMatrix | None:
         """Accuracies after each task, None before the first."""
-        if not self._accuracies:
-            return None
-        matrix = AccuracyMatrix([after for after, _ in self._accuracies])
-        for after, accuracies in self._accuracies:
-            for task, value in accuracies.items():
-                matrix.record(after, task, value)
-        return matrix
+        return matrix_of(dict(self._accuracies))
 
     def accuracies(self, after: str) -> dict[str, float] | None:
         """Return what `record_accuracies` was given after a task, None if nothing."""
@@ -91,56 +88,67 @@ class Run:
         """Enter a row of the accuracy matrix: the accuracy of each task so far, after the newest was learned."""
         self._accuracies = [row for row in self._accuracies if row[0] != after] + [(after, dict(accuracies))]
         rows = [{"after": name, "accuracies": row} for name, row in self._accuracies]
-        write_text(self.path / "accuracy.json", json.dumps(rows, indent=1) + "\n")
+        write_text(self.path / "accuracy.json", _dumps(rows, indent=1))
 
     def log(self, event: str, **facts: Any) -> None:
-        """Append a line to `events.jsonl`."""
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **facts})
+        """Append a line to `events.jsonl`; numbers that are not finite are null."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         with (self.path / "events.jsonl").open("a") as file:
-            file.write(line + "\n")
+            file.write(_dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **known}))
 
     def task_folder(self, name: str, settings: Mapping[str, Any]) -> TaskFolder:
         """Return the folder of a task, new or as an earlier process with the same settings left it.
 
         Args:
           name: of the folder, such as "02-gender".
-          settings: JSON that decides what the task's stages hold: recipe, key, data, the network before it.
+          settings: JSON that decides what the task's stages hold: recipe, key, data, the network before it. Its
+            "task" is the name in the table.
 
         Raises:
           CheckpointError: the folder was begun with other settings; names the first that differs.
         """
         folder = self.path / re.sub(r"[^\w.-]+", "_", name)
-        record, mine = folder / "settings.json", json.loads(json.dumps(settings))
+        record, text = folder / "settings.json", _dumps(settings, indent=1)
         if record.exists():
-            _require_same(json.loads(record.read_text()), mine, folder)
+            _require_same(json.loads(record.read_text()), json.loads(text), folder, "")
             for left in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left)
         else:
+            # Whatever the run knows of this task comes from a folder that is no longer there.
+            self._rows = {key: row for key, row in self._rows.items() if key[0] != settings.get("task")}
+            self._accuracies = [row for row in self._accuracies if row[0] != settings.get("task")]
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps(mine, indent=1) + "\n")
+            write_text(record, text)
         return TaskFolder(self, folder)
 
     def enter(self, record: StageRecord) -> None:
         """Enter a stage into the table and write it."""
+        metric = "Acc" if record.metric == "accuracy" else record.metric
         row = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
-        row |= {"Pruned rate": f"{record.pruned:.5f}", "Acc": f"{record.value:.5f}", "Epoch No.": record.kept_epoch}
+        row |= {"Pruned rate": f"{record.pruned:.5f}", metric: f"{record.value:.5f}"}
+        row |= {"Epoch No.": str(record.kept_epoch)}
         row |= {name: f"{value:.3f}" for name, value in record.sizes.items()}
+        if self._rows.get((record.task, record.stage)) == row:
+            return
         self._rows[record.task, record.stage] = row
-        names = list(dict.fromkeys(name for known in self._rows.values() for name in known))
+        columns = list(dict.fromkeys(name for known in self._rows.values() for name in known))
         text = io.StringIO()
-        table = csv.DictWriter(text, names, lineterminator="\n")
+        table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(self._rows.values())
         write_text(self.path / "stages.csv", text.getvalue())
 
     def scalars(self, record: StageRecord) -> None:
-        """Write the epochs of a new stage for TensorBoard."""
+        """Write the epochs of a new stage for TensorBoard, if tensorboardX is installed."""
         if self._writer is None:
+            self._writer = _scalars(self.path / "tensorboard")
+        if not self._writer:
             return
         first = record.epochs - len(record.history)
         for number, row in enumerate(record.history, first + 1):
             for name, value in row.items():
-                self._writer.add_scalar(f"{record.task}/{name}", value, number)
+                if name != "epoch":
+                    self._writer.add_scalar(f"{record.task}/{name}", value, number)
         self._writer.add_scalar(f"{record.task}/pruned", record.pruned, record.epochs)
         self._writer.flush()
 
@@ -151,20 +159,25 @@ class TaskFolder:
     def __init__(self, run: Run, path: Path):
         self.run, self.path = run, path
 
+    @property
+    def finished(self) -> bool:
+        """Whether the task is frozen."""
+        return (self.path / FROZEN).exists()
+
     def find(self, net: Net, label: str, heads: Mapping[str, Any]) -> Stage | None:
         """Return a stage that an earlier process has finished, None if there is none."""
         folder, failure = self.path / label, self.path / f"{label}.json"
         if failure.exists():
-            return Stage(StageRecord.from_json(json.loads(failure.read_text())), _no_network)
+            return Stage(StageRecord.from_json(json.loads(failure.read_text())), no_network)
         if not folder.exists():
             return None
-        metadata = checkpoint.read_metadata(folder)["metadata"]
-        return Stage(StageRecord.from_json(metadata["record"]), lambda: checkpoint.load(net, folder, heads=heads))
+        record = StageRecord.from_json(self.metadata(label)["record"])
+        return Stage(record, lambda: checkpoint.load(net, folder, heads=heads))
 
     def put(self, label: str, record: StageRecord, state: State | None, more: Mapping[str, Any]) -> None:
         """Write a stage; without a state, only the record of its failure."""
         if state is None:
-            write_text(self.path / f"{label}.json", json.dumps(record.to_json()) + "\n")
+            write_text(self.path / f"{label}.json", _dumps(record.to_json()))
         else:
             checkpoint.save(self.path / label, state, {"record": record.to_json(), **more})
 
@@ -174,7 +187,7 @@ class TaskFolder:
 
     def write_records(self, records: list[StageRecord]) -> None:
         """Write the records of all stages that were tried, which outlive the stages."""
-        write_text(self.path / "records.json", json.dumps([record.to_json() for record in records], indent=1) + "\n")
+        write_text(self.path / "records.json", _dumps([record.to_json() for record in records], indent=1))
 
     def read_records(self) -> list[StageRecord]:
         """Return what `write_records` wrote."""
@@ -189,6 +202,49 @@ class TaskFolder:
                 shutil.rmtree(entry)
 
 
+def settings_of(
+    state: State,
+    task: Task,
+    recipe: Recipe,
+    key: jax.Array,
+    goal: float | None,
+    upcoming: int | None,
+    title: str | None = None,
+) -> dict[str, Any]:
+    """Return what decides the stages of a task; a resumed run must have the same.
+
+    Functions are known by their names alone; data that only iterating would show is not looked at.
+    """
+    older = {name: dict(find(state, name).digests or ()) for name in names(state)}
+    network = {"tasks": older, "shared": _checksums(state.shared), "local": _checksums(state.local)}
+    counts_upcoming = recipe.ladder is not None and (recipe.ladder.equal_share or goal is not None)
+    return {
+        "task": title or task.name,
+        "head": heads.describe(task.head),
+        "loss": plain(task.loss),
+        "metric": plain(task.metric),
+        "augment": plain(task.augment),
+        "recipe": recipe.to_json(),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "goal": goal,
+        "upcoming": upcoming if counts_upcoming else None,
+        "width": state.width,
+        "earlier network": zlib.crc32(json.dumps(network, sort_keys=True).encode()),
+        "data": {name: _checksums(_arrays(getattr(task, name))) for name in ("train", "val", "test")},
+    }
+
+
+def matrix_of(rows: Mapping[str, Mapping[str, float]]) -> AccuracyMatrix | None:
+    """Return the matrix of `{after: {task: accuracy}}`, in order of learning; None if empty."""
+    if not rows:
+        return None
+    matrix = AccuracyMatrix(list(rows))
+    for after, accuracies in rows.items():
+        for task, value in accuracies.items():
+            matrix.record(after, task, value)
+    return matrix
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     aside = path.with_name(path.name + ".tmp")
@@ -196,23 +252,49 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _no_network() -> State:
-    raise ArgumentError("a diverged stage has no network")
+def no_network() -> State:
+    """Take the place of `Stage.load` where there is no network, or it was let go."""
+    raise ArgumentError("this stage has no network: it diverged, or another one was chosen")
 
 
-def _require_same(found: Any, mine: Any, folder: Path) -> None:
+def _dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, allow_nan=False) + "\n"
+
+
+def _arrays(data: Any) -> Any:
+    """Return data with its labels as an array, which lists may be."""
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], (list, tuple)):
+        return data[0], np.asarray(data[1])
+    return data
+
+
+def _checksums(data: Any) -> Any:
+    """Return `{path: dtype, shape and CRC-32}` of trees of arrays; None for anything else."""
+    if not isinstance(data, (tuple, dict)):
+        return None
+    leaves = {name: leaf for name, leaf in flatten(data).items() if hasattr(leaf, "dtype")}
+    flat = {name: np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for name, leaf in leaves.items()}
+    return {name: f"{describe(leaves[name])} {zlib.crc32(found.data):08x}" for name, found in flat.items()}
+
+
+def _require_same(found: Any, mine: Any, folder: Path, name: str) -> None:
+    """Raise `CheckpointError` naming the first leaf in which two settings differ."""
     if isinstance(found, dict) and isinstance(mine, dict):
-        for name in sorted(found.keys() | mine.keys()):
-            if found.get(name) != mine.get(name):
-                raise CheckpointError(
-                    f"{folder} was begun with other settings: '{name}' was {found.get(name)!r} and is now "
-                    f"{mine.get(name)!r}. Use the same, or another run folder."
-                )
+        for entry in [*mine, *(entry for entry in found if entry not in mine)]:
+            _require_same(found.get(entry), mine.get(entry), folder, f"{name}.{entry}" if name else entry)
+    elif isinstance(found, list) and isinstance(mine, list) and len(found) == len(mine):
+        for position, pair in enumerate(zip(found, mine, strict=True)):
+            _require_same(*pair, folder, f"{name}[{position}]")
+    elif found != mine:
+        raise CheckpointError(
+            f"{folder} was begun with other settings: '{name}' was {found!r} and is now {mine!r}. Use the same, or "
+            "another run folder."
+        )
 
 
 def _scalars(path: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return None
+        return False
     return SummaryWriter(str(path))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.errors import ArgumentError, DataError
+from pae_jax import heads
+from pae_jax.batching import feed
+from pae_jax.errors import ArgumentError
 from pae_jax.evaluation import EVAL_BATCH, evaluate, predict
 from pae_jax.network import Net
-from pae_jax.state import State
+from pae_jax.state import State, find
 from pae_jax.training import Augment, Loss
 
 Measure = Callable[[Net, State, str, Any], float]
+_WHOLE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,12 @@ class Metric:
 
     Attributes:
       name: as it stands in tables.
-      measure: `(net, state, task, data) -> float`; None takes the accuracy of `pae.evaluate`.
+      measure: `(net, state, task, data) -> float`; None takes the accuracy of `pae.evaluate`. It must not keep the
+        state.
       higher_is_better: False for errors such as a mean absolute error.
+
+    Raises:
+      ArgumentError: an accuracy of which less is better.
 
     Example:
       >>> import pae_jax as pae
@@ -37,21 +46,28 @@ class Metric:
     measure: Measure | None = None
     higher_is_better: bool = True
 
+    def __post_init__(self) -> None:
+        if self.measure is None and not self.higher_is_better:
+            raise ArgumentError("without `measure` the metric is the accuracy, of which more is better")
+
     def of(self, net: Net, state: State, task: str, data: Any, loss: Loss | None) -> float:
         """Measure a task on data."""
         if self.measure is not None:
             return float(self.measure(net, state, task, data))
         scores = evaluate(net, state, task, data, loss=loss)
         if "accuracy" not in scores:
-            raise ArgumentError(f"task {task!r} has labels without an accuracy; give it a Metric with `measure`")
+            raise ArgumentError(_no_accuracy(task))
         return scores["accuracy"]
 
     def reaches(self, value: float, goal: float, tolerance: float) -> bool:
         """Say whether a value is as good as a goal, or worse by no more than the tolerance."""
-        return self.score(value) + tolerance >= self.score(goal)
+        rounding = 1e-9 * abs(goal)  # 0.06 + 0.01 is a little less than 0.07
+        return self.score(value) + tolerance >= self.score(goal) - rounding
 
     def score(self, value: float) -> float:
-        """Return a value such that higher is better."""
+        """Return a value such that higher is better; NaN is worst."""
+        if math.isnan(value):
+            return -math.inf
         return value if self.higher_is_better else -value
 
 
@@ -72,11 +88,19 @@ class MeanOf:
     values: Callable[[jax.Array, jax.Array], jax.Array]
 
     def __call__(self, net: Net, state: State, task: str, data: Any) -> float:
-        """Return the mean over arrays `(x, y)`."""
-        if not (isinstance(data, tuple) and len(data) == 2):
-            raise DataError(f"MeanOf measures arrays (x, y), found {type(data).__name__}")
-        x, y = data
-        return float(np.mean(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y)))
+        """Return the mean over data as for `pae.evaluate`."""
+        entry = find(state, task)
+        _, logits = heads.layout(net, entry.head_spec, entry.width)
+        total, count = 0.0, 0
+        # Arrays come as one batch, which `predict` cuts: it selects the task's weights once for all of them.
+        for x, y in feed(net, data, logits, _WHOLE, class_labels=False).epoch(0, None):
+            found = np.asarray(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y))
+            if found.shape != (len(y),):
+                raise ArgumentError(
+                    f"MeanOf(values) must return one number per example, shape ({len(y)},); found shape {found.shape}"
+                )
+            total, count = total + float(found.astype(np.float64).sum()), count + len(y)
+        return total / count
 
 
 @dataclass(frozen=True)
@@ -115,3 +139,17 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ArgumentError(f"a task's name is a non-empty string, found {self.name!r}")
+
+    def check_accuracy(self, data: Any, logits: Any) -> None:
+        """Raise `ArgumentError` where arrays `(x, y)` have no accuracy and the metric takes it."""
+        y = data.get("label") if isinstance(data, dict) else data[1] if isinstance(data, tuple) else None
+        if self.metric.measure is not None or y is None:
+            return
+        labels = y if hasattr(y, "dtype") else np.asarray(y)
+        classes = jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_
+        if not classes or labels.shape[1:] != logits.shape[1:-1]:
+            raise ArgumentError(_no_accuracy(self.name))
+
+
+def _no_accuracy(task: str) -> str:
+    return f"task {task!r} has labels without an accuracy; give it a Metric with `measure`, such as MeanOf"

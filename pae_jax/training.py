@@ -85,6 +85,16 @@ class Rule:
 TrainStep = Callable[[Carry, Tree, jax.Array, jax.Array, Any, Tree, jax.Array], Carry]
 """`(carry, owner, task id, key, rates, x, y) -> carry`; rates, float32 of shape (2,), multiply the updates of weights
 and of picks. As an operand they follow any schedule without compiling anything."""
+TrainSteps = Callable[..., Carry]
+
+
+class Layout(NamedTuple):
+    """How the arrays of a `Carry` lie on the devices, and a key that tells layouts apart."""
+
+    key: Hashable
+    carry: Carry
+
+
 OptimizerInit = Callable[[Tree, Tree, Tree, Tree, Tree, jax.Array], OptStates]
 
 
@@ -118,18 +128,58 @@ def optimizer_init(net: Net, rule: Rule, known: OptimizerInit | None = None) -> 
     return net.memo(key, lambda: known or jax.jit(init))
 
 
-def train_step(net: Net, entry: TaskState, rule: Rule, known: TrainStep | None = None) -> TrainStep:
+def train_step(
+    net: Net, entry: TaskState, rule: Rule, known: TrainStep | None = None, layout: Layout | None = None
+) -> TrainStep:
     """Return the compiled train step of a task; tasks of equal width and head share it.
 
-    Task id, owners and key are operands. What compiles anew is another width, head, rule or batch shape. A step that
-    is already there can be given as `known`.
+    Task id, owners and key are operands. What compiles anew is another width, head, rule, layout or batch shape. A step
+    that is already there can be given as `known`.
     """
+
+    def make() -> TrainStep:
+        step = _train_function(net, entry, rule)
+        if layout is None:
+            return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, out_shardings=layout.carry)
+
+    return net.memo(("train", layout and layout.key, *_step_key(entry, rule)), lambda: known or make())
+
+
+def train_steps(net: Net, entry: TaskState, rule: Rule) -> TrainSteps:
+    """Return the compiled `(carry, owner, task id, key, rates (n, 2), order (n, batch), x, y) -> carry` of n steps.
+
+    All data lives on the device and each step takes its batch from it, so the host is asked once in n steps.
+    """
+
+    def make() -> TrainSteps:
+        step = _train_function(net, entry, rule)
+
+        def steps(
+            carry: Carry, owner: Tree, task_id: jax.Array, key: jax.Array, rates: Any, order: Any, x: Tree, y: jax.Array
+        ) -> Carry:
+            def body(carry: Carry, operands: tuple[jax.Array, jax.Array]) -> tuple[Carry, None]:
+                rate, chosen = operands
+                batch = jax.tree.map(lambda leaf: leaf[chosen], x)
+                return step(carry, owner, task_id, key, rate, batch, y[chosen]), None
+
+            return jax.lax.scan(body, carry, (rates, order))[0]
+
+        return jax.jit(steps, donate_argnums=0)
+
+    return net.memo(("train many", *_step_key(entry, rule)), make)
+
+
+def _step_key(entry: TaskState, rule: Rule) -> tuple[Hashable, ...]:
+    picks = entry.picking if entry.pick is not None else None
+    return (entry.width, fingerprint(entry.head_spec), entry.sharing, picks, rule.fingerprint())
+
+
+def _train_function(net: Net, entry: TaskState, rule: Rule) -> TrainStep:
     # Under sharing "all" the newest task sees every weight that is not exactly 0: older tasks' and its own, while free
     # weights exist only where it pruned itself. Masking the forward pass would change no bit.
     masked = entry.sharing == "first" or entry.pick is not None
-    picks = entry.picking if entry.pick is not None else None
-    key = ("train", entry.width, fingerprint(entry.head_spec), entry.sharing, picks, rule.fingerprint())
-    return net.memo(key, lambda: known or _make_train_step(net, entry, rule, masked))
+    return _make_train_step(net, entry, rule, masked)
 
 
 def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> TrainStep:
@@ -197,7 +247,7 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
             loss_sum=carry.loss_sum + jnp.where(good, value, 0.0),
         )
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _scaled(updates: Tree, rate: jax.Array) -> Tree:

@@ -170,6 +170,8 @@ def _check_pick(state: State, name: str, entry: TaskState) -> None:
             label, "", f"sharing {entry.sharing!r} with {entry.picking}", "picking if and only if picked"
         )
     if entry.pick is None:
+        if entry.picking is not None and entry.id > 1:
+            raise StructureError(label, "", "nothing", "a pick tree, because older tasks exist")
         return
     if entry.picking is None:
         raise StructureError(label, "", "a pick tree", f"none, because sharing is {entry.sharing!r}")

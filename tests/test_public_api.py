@@ -12,11 +12,11 @@ NAMES = """
 linen nnx init from_variables pack fit prune freeze drop predict features evaluate masks trainable free_fraction
 check verify save load read_metadata report width_for expand widen_maps learn learn_all baseline
 State TaskState Growth History Net CubicSchedule Picking Plateau WidenMaps
-Task Metric MeanOf Recipe Run Outcome Status Stream
+Task Metric MeanOf Recipe Run Outcome Status Stream Server Inference
 PaeError ArgumentError CapacityError CheckpointError DataError DivergedError ForgettingError NotPreservableError
 PhaseError StructureError UnknownTaskError
 """
-MODULES = {"data", "metrics", "models", "recipes", "sizes"}
+MODULES = {"data", "faces", "metrics", "models", "recipes", "sizes"}
 
 public = {name for name in vars(pae) if not name.startswith("_") and not inspect.ismodule(getattr(pae, name))}
 

@@ -24,7 +24,7 @@ def carry_of(net, state, task, tx):
 
 def run(net, state, task, tx, batches, masked, loss=training.softmax_cross_entropy):
     entry = state.tasks[task]
-    step = training._make_train_step(net, entry, training.Rule(tx, loss), masked)
+    step = jax.jit(training._make_train_step(net, entry, training.Rule(tx, loss), masked), donate_argnums=0)
     carry, losses = carry_of(net, state, task, tx), []
     for x, y in batches:
         carry = step(carry, state.owner, ownership.id_array(entry.id), jax.random.key(0), np.ones(2, np.float32), x, y)

@@ -1,0 +1,201 @@
+"""What serving costs beyond the forward pass, and how often a task is recognised by its inputs.
+
+Command:   python benchmarks/serving.py
+Expected:  Server.predict / bare <= 1.05 for SmallCNN, batch 25; switching among 8 tasks compiles nothing; >= 0.75 of
+           the ORL test images find their group of 8 by confidence (chance 0.125); about 2 minutes on 2 CPU cores
+Writes:    benchmarks/results/serving.json
+
+Requests go round the eight tasks. Every way to answer the same request is timed in turn, in one process; ratios are
+those of medians. "bare" is the compiled function on weights prepared beforehand: what anyone would write who serves
+one task. The faces: eight groups of five people learned into one network; the test images, which nothing was chosen
+by, come without the name of their group, one by one and by person (three images).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import pae_jax as pae
+from pae_jax import data, ownership, training
+from pae_jax.serving import Server
+
+TASKS, CLASSES = 8, 5
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "MLP 16, batch 1": (pae.models.MLP, (1, 16)),
+    "SmallCNN 112x92x1, batch 1": (pae.models.SmallCNN, (1, 112, 92, 1)),
+    "SmallCNN 112x92x1, batch 25": (pae.models.SmallCNN, (25, 112, 92, 1)),
+    "ResNet18 32x32x3, batch 1": (pae.models.resnet18, (1, 32, 32, 3)),
+}
+COMPILED: list[str] = []
+
+
+def count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    """Note each program that XLA compiles."""
+    del duration_secs, kwargs
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(event)
+
+
+def frozen_state(net: pae.Net) -> pae.State:
+    """Return a network with eight frozen tasks, each pruned to half its room."""
+    state = pae.init(net, jax.random.key(0))
+    for index in range(TASKS):
+        state = pae.pack(net, state, f"task {index}", head=CLASSES, key=jax.random.key(index))
+        state = pae.freeze(pae.prune(state, f"task {index}", 0.5), f"task {index}")
+    return state
+
+
+def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each way, timed in turn after three rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 3):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            jax.block_until_ready(way())
+            if repeat >= 3:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Return every time as a multiple of the first, and the first in seconds."""
+    (first, base), *others = seconds.items()
+    return {f"{first}_seconds": round(base, 7)} | {f"{name} / {first}": round(s / base, 3) for name, s in others}
+
+
+def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Compare the ways to answer for one task and for all, and count what switching tasks compiles."""
+    net = pae.linen(model, jnp.zeros((1, *shape[1:])))
+    state = frozen_state(net)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    fast, small = Server(net, state), Server(net, state, resident="masks")
+    before = len(COMPILED)
+    jax.block_until_ready((fast.predict(fast.tasks[0], x), small.predict(small.tasks[0], x)))
+    compiled_first = len(COMPILED) - before
+    for task in fast.tasks:
+        jax.block_until_ready((fast.predict(task, x), small.predict(task, x)))
+    compiled_by_switching = len(COMPILED) - before - compiled_first
+
+    entries = [state.tasks[task] for task in fast.tasks]
+    operands = [(ownership.task_weights(state, entry), entry.local, entry.head) for entry in entries]
+    apply = training.apply_task(net, 1.0, CLASSES)
+    turns = {name: itertools.cycle(range(TASKS)) for name in ("bare", "weights", "masks", "predict")}
+    one = {
+        "bare": lambda: apply(*operands[next(turns["bare"])], x),
+        "Server": lambda: fast.predict(fast.tasks[next(turns["weights"])], x),
+        "Server, masks": lambda: small.predict(small.tasks[next(turns["masks"])], x),
+        "pae.predict": lambda: pae.predict(net, state, fast.tasks[next(turns["predict"])], x),
+    }
+    compile_seconds = {}
+    for name, server in (("weights", fast), ("masks", small)):
+        start = time.perf_counter()
+        jax.block_until_ready(server.predict_all(x, together=True))
+        compile_seconds[name] = round(time.perf_counter() - start, 2)
+    every = {
+        "bare, one by one": lambda: [apply(*own, x) for own in operands],
+        "predict_all": lambda: fast.predict_all(x),
+        "together": lambda: fast.predict_all(x, together=True),
+        "predict_all, masks": lambda: small.predict_all(x),
+        "together, masks": lambda: small.predict_all(x, together=True),
+    }
+    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(state.shared))
+    return {
+        "compiled by the first request": compiled_first,
+        "compiled by switching tasks": compiled_by_switching,
+        "one task": ratios(medians(one, repeats * TASKS)),
+        "all tasks": ratios(medians(every, repeats)),
+        "first call together, seconds": compile_seconds,
+        "resident bytes / shared bytes": {
+            "weights": round(fast.nbytes / shared, 3),
+            "masks": round(small.nbytes / shared, 3),
+        },
+    }
+
+
+def learn_faces(epochs: int) -> tuple[Server, list[data.FaceGroup]]:
+    """Learn the eight groups of faces into one network, each pruned to a fifth of its room."""
+    groups = data.groups(data.load_orl())
+    net = pae.linen(pae.models.SmallCNN, jnp.zeros((1, 112, 92, 1)))
+    state = pae.init(net, jax.random.key(0))
+    steps = 18 * epochs
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    tuning = optax.adam(optax.cosine_decay_schedule(1e-3, steps // 2))
+    for index, group in enumerate(groups):
+        key = jax.random.fold_in(jax.random.key(0), index)
+        images = data.augmented(group.train)
+        options = {"batch_size": 25, "key": key, "progress": False}
+        state = pae.pack(net, state, group.name, head=CLASSES, key=key)
+        state, _ = pae.fit(net, state, group.name, images, optimizer=optimizer, epochs=epochs, **options)
+        schedule = pae.CubicSchedule(final=0.8, end=steps // 4)
+        state, _ = pae.fit(
+            net, state, group.name, images, optimizer=tuning, epochs=epochs // 2, pruning=schedule, **options
+        )
+        state = pae.freeze(state, group.name)
+    return Server(net, state), groups
+
+
+def recognise(epochs: int) -> dict[str, Any]:
+    """Return how often the group of a test image is found, and how often the person, with and without its name."""
+    server, groups = learn_faces(epochs)
+    tests = {group.name: group.test[0] for group in groups}
+    result: dict[str, Any] = {"chance": 1 / len(groups)}
+    for by in ("confidence", "entropy"):
+        for images, group in (("1 image", 1), ("3 images of a person", 3)):
+            found = server.task_inference_accuracy(tests, by=by, group=group)
+            result[f"group found by {by}, {images}"] = round(found["accuracy"], 4)
+    told, guessed = [], []
+    for group in groups:
+        x, y = group.test
+        told.append(np.asarray(server.predict(group.name, x)).argmax(axis=1) == y)
+        found = server.infer_task(x)
+        labels = [int(found.logits[task][row].argmax()) for row, task in enumerate(found.tasks)]
+        guessed.append((np.asarray(found.tasks) == group.name) & (np.asarray(labels) == y))
+    result["person right, group told"] = round(float(np.concatenate(told).mean()), 4)
+    result["person right among 40, group guessed"] = round(float(np.concatenate(guessed).mean()), 4)
+    return result
+
+
+def main() -> None:
+    """Measure all cases and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of each kind (default 15)")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs per group of faces (default 12)")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="which cases to time (default all)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serving.json")
+    options = parser.parse_args()
+    jax.monitoring.register_event_duration_secs_listener(count_compilation)
+    result: dict[str, Any] = {
+        "command": "python benchmarks/serving.py",
+        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
+        "repeats": options.repeats,
+        "faces": recognise(options.epochs),
+        "cases": {},
+    }
+    print("faces:", json.dumps(result["faces"], indent=2))
+    for name in options.cases:
+        model, shape = CASES[name]
+        result["cases"][name] = measure(model, shape, options.repeats)
+        print(f"{name}: {json.dumps(result['cases'][name], indent=2)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
