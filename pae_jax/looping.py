@@ -93,7 +93,7 @@ class Loop:
                 bad = int(carry.bad_step)
                 if bad >= 0:
                     raise DivergedError(self.task, bad, self._state(carry), History(tuple(rows), epoch, None))
-                row |= judge.measure(self._state(carry))
+                row |= judge.measure(self._measurable(carry))
                 rows.append(row)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
                 carry = carry._replace(loss_sum=self._placed(jnp.zeros((), jnp.float32)))
@@ -181,6 +181,11 @@ class Loop:
     def _state(self, carry: Carry) -> State:
         entry = self.entry.replace(local=carry.local, head=carry.head, pick=carry.pick)
         return self.state.replace(shared=carry.shared, owner=self.owner, tasks={**self.state.tasks, self.task: entry})
+
+    def _measurable(self, carry: Carry) -> State:
+        """Return the state as it can be evaluated: each process of a distributed run does so by itself."""
+        state = self._state(carry)
+        return self._returned(state) if jax.process_count() > 1 else state
 
     def _returned(self, state: State) -> State:
         """Return a state whose arrays live where those that were given did."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pae_jax.errors import ArgumentError
@@ -57,11 +58,16 @@ class Placement:
         return jax.tree.map(lambda leaf: self._put(leaf, split), tree)
 
     def _put(self, leaf: Any, sharding: NamedSharding) -> jax.Array:
-        # Every process of a distributed run has the same host values and brings the pieces of its own devices.
-        if jax.process_count() > 1 and not isinstance(leaf, jax.Array):
-            leaf = np.asarray(leaf)
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-        return jax.device_put(leaf, sharding)
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda whole: whole, out_shardings=sharding)(leaf)
+        # Every process of a distributed run has the same values and brings the pieces of its own devices.
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self._put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def put_back(tree: Tree, before: Tree) -> Tree:
@@ -71,6 +77,8 @@ def put_back(tree: Tree, before: Tree) -> Tree:
         if len(old.sharding.device_set) > 1:
             return jax.device_put(new, old.sharding)
         # An array that is not tied to a device stays so: compiled functions compile again for one that is.
+        if not new.is_fully_addressable and not new.is_fully_replicated:
+            new = multihost_utils.process_allgather(new, tiled=True)
         return jnp.asarray(np.asarray(new))
 
     return jax.tree.map(leaf, tree, before)

@@ -1,0 +1,147 @@
+"""Training on many devices: 8 virtual ones in one process, and 2 processes, each started on its own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import pae_jax as pae
+from pae_jax.placement import Placement
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of the same trainings on 8 devices of one process and on 2 processes."""
+    folder = tmp_path_factory.mktemp("devices")
+    address = f"localhost:{free_port()}"
+    one = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    two = dict(os.environ, JAX_PLATFORMS="cpu")
+    calls = [(one, 1, 0, "eight"), (two, 2, 0, "first"), (two, 2, 1, "second")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), address, str(count), str(number), str(folder / f"{name}.npz")],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for env, count, number, name in calls
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-2000:]
+    found = {name: dict(np.load(folder / f"{name}.npz")) for _, _, _, name in calls}
+    return found, folder / "eight.npz.stage"
+
+
+def test_the_runs_really_had_that_many_devices(runs):
+    found, _ = runs
+    assert {name: int(run["mesh/devices"]) for name, run in found.items()} == {"eight": 8, "first": 2, "second": 2}
+
+
+@pytest.mark.parametrize("run", ["eight", "first", "second"])
+@pytest.mark.parametrize("how", ["mesh", "split"])
+def test_many_devices_train_the_same_weights_up_to_the_order_of_summation(runs, run, how):
+    found = runs[0][run]
+    paths = [path.removeprefix("one/") for path in found if path.startswith("one/shared")]
+    assert paths
+    for path in paths:
+        np.testing.assert_allclose(found[f"{how}/{path}"], found[f"one/{path}"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", ["eight", "first", "second"])
+@pytest.mark.parametrize("how", ["one", "mesh", "split"])
+def test_the_frozen_weights_and_the_old_tasks_logits_are_the_same_bits_on_any_number_of_devices(runs, run, how):
+    found, reference = runs[0][run], runs[0]["eight"]
+    assert found[f"{how}/logits of the first task are the same bits"]
+    for path in [path for path in reference if path.startswith("one/owner")]:
+        frozen = reference[path] == 1
+        weights = path.replace("owner", "shared").removeprefix("one/")
+        assert frozen.any()
+        assert found[f"{how}/{weights}"][frozen].tobytes() == reference[f"one/{weights}"][frozen].tobytes()
+        assert ((found[path.replace("one/", f"{how}/")] == 1) == frozen).all()
+
+
+def test_both_processes_end_with_the_same_bits(runs):
+    first, second = runs[0]["first"], runs[0]["second"]
+    assert first.keys() == second.keys()
+    assert all(first[path].tobytes() == second[path].tobytes() for path in first)
+
+
+def test_a_stage_saved_on_eight_devices_loads_on_one(runs):
+    found, stage = runs
+    net = pae.linen(lambda width: pae.models.MLP(width=width), jnp.zeros((1, 4)))
+    state = pae.load(net, stage)
+    pae.verify(state)
+    for path, leaf in pae.trees.flatten(state.shared).items():
+        assert np.asarray(leaf).tobytes() == found["eight"][f"split/shared/{path}"].tobytes()
+
+
+def test_each_array_is_split_along_its_longest_axis_that_the_devices_divide():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    split = Placement(mesh, split_weights=True)
+    spec = lambda shape: split.sharding(jax.ShapeDtypeStruct(shape, jnp.float32)).spec  # noqa: E731
+    assert spec((3, 3, 8, 16)) == PartitionSpec(None, None, None, ("data",))
+    assert spec((32, 16)) == PartitionSpec(("data",))
+    assert spec((3, 5)) == PartitionSpec()
+    assert spec((16,)) == PartitionSpec()
+    whole = Placement(mesh)
+    assert whole.sharding(jax.ShapeDtypeStruct((32, 16), jnp.float32)).spec == PartitionSpec()
+
+
+def test_a_mesh_of_one_device_trains_and_the_state_comes_back_where_it_was(quick_fit, packed, assert_same):
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    state, _ = quick_fit(packed, "a", mesh=mesh)
+    assert_same(state.shared, quick_fit(packed, "a")[0].shared)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(packed, data, quick_fit):
+    with pytest.raises(pae.ArgumentError, match="pass mesh="):
+        quick_fit(packed, "a", split_weights=True)
+    with pytest.raises(pae.ArgumentError, match="must divide the batch, found 6"):
+        Placement(jax.sharding.AbstractMesh((4,), ("data",))).check_batch(6)
+
+
+# Many steps in one call
+
+
+def test_many_steps_in_one_call_train_what_single_steps_do(packed, quick_fit):
+    schedule = pae.CubicSchedule(final=0.5, end=8, every=3)
+    options = {"epochs": 3, "pruning": schedule, "rate": lambda step: 1.0 / (1 + step)}
+    single, history = quick_fit(packed, "a", **options)
+    many, other = quick_fit(packed, "a", steps_per_call=4, **options)
+    for one, two in zip(jax.tree.leaves(single), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-5, atol=1e-6)
+    assert [row["loss"] for row in other.rows] == pytest.approx([row["loss"] for row in history.rows], rel=1e-5)
+
+
+def test_many_steps_in_one_call_stop_at_a_step_that_is_not_finite(packed, data, quick_fit):
+    x, y = data
+    loss = lambda logits, labels: jnp.where(labels[0] > 0, jnp.nan, 1.0) * jnp.mean(logits**2)  # noqa: E731
+    with pytest.raises(pae.DivergedError) as found:
+        quick_fit(packed, "a", (x, y.astype(np.float32)), loss=loss, steps_per_call=5, optimizer=optax.sgd(0.1))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(found.value.state.shared))
+
+
+def test_many_steps_in_one_call_need_arrays(packed, data, quick_fit):
+    with pytest.raises(pae.ArgumentError, match="data in arrays"):
+        quick_fit(packed, "a", [data], steps_per_call=2)
+    with pytest.raises(pae.ArgumentError, match="at least 1"):
+        quick_fit(packed, "a", steps_per_call=0)
