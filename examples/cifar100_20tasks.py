@@ -181,7 +181,8 @@ def run_seed(preset: Preset, images: Any, seed: int, methods: list[str], out: Pa
         if not file.exists():
             started = time.perf_counter()
             if method in RECIPES:
-                found = run_recipe(stream, method, preset.recipes[method], folder / method, goals)
+                recipe = preset.recipes[method]
+                found = run_recipe(stream, method, recipe, folder / method, {} if recipe.goal is None else goals)
             else:
                 found = baselines.run(method, stream, preset.recipes["own"], folder / method)
             found |= {"seed": seed, "seconds": round(time.perf_counter() - started, 1)}

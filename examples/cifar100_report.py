@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-METHODS = (
-    "separate",
-    "joint",
-    "sequential",
-    "frozen",
-    "lora",
-    "piggyback",
-    "packnet",
-    "pae",
-    "cpg",
-)
+from pae_jax.plotting import Picture
+
+METHODS = ("separate", "joint", "sequential", "frozen", "lora", "piggyback", "packnet", "pae", "cpg")
 COLOURS = {"separate": "0.35", "pae": "#1f77b4", "cpg": "#2ca02c", "packnet": "#d62728"}
 
 
@@ -28,8 +19,16 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     """Return all results of a folder, or of one file that holds them."""
     if folder.is_file():
         return json.loads(folder.read_text())["results"]
-    files = sorted(folder.glob("seed-*/*.json"))
-    return [json.loads(file.read_text()) for file in files]
+    return [_without_epochs(json.loads(file.read_text())) for file in sorted(folder.glob("seed-*/*.json"))]
+
+
+def _without_epochs(result: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is told per epoch; the run folders have it."""
+    for records in result.get("records", []):
+        for record in records:
+            record.pop("history", None)
+            record.pop("sizes", None)
+    return result
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,9 +74,9 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def pruning_curve(results: list[dict[str, Any]], method: str = "pae", number: int | None = None) -> Figure:
+def pruning_curve(results: list[dict[str, Any]], method: str = "pae", number: int | None = None) -> Picture:
     """Return the picture of a task's ladder: validation against the fraction freed, over the seeds."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Picture(6, 3.6)
     axes = figure.subplots()
     runs = [r for r in results if r["method"] == method]
     for run in runs:
@@ -97,9 +96,9 @@ def pruning_curve(results: list[dict[str, Any]], method: str = "pae", number: in
     return figure
 
 
-def task_accuracies(results: list[dict[str, Any]]) -> Figure:
+def task_accuracies(results: list[dict[str, Any]]) -> Picture:
     """Return the picture of final test accuracies, task by task, relative to the separate networks."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Picture(8, 4)
     axes = figure.subplots()
     separate = {r["seed"]: np.asarray(r["test"]) for r in results if r["method"] == "separate"}
     names: list[str] = []
@@ -118,9 +117,9 @@ def task_accuracies(results: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def accuracy_and_size(results: list[dict[str, Any]]) -> Figure:
+def accuracy_and_size(results: list[dict[str, Any]]) -> Picture:
     """Return the picture of mean accuracy against stored bytes."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Picture(6, 4)
     axes = figure.subplots()
     for row in summary(results):
         axes.errorbar(row["stored_bytes"] / 1e6, row["accuracy"], yerr=np.nan_to_num(row["deviation"]), marker="o")
@@ -129,9 +128,9 @@ def accuracy_and_size(results: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def shares(results: list[dict[str, Any]]) -> Figure:
+def shares(results: list[dict[str, Any]]) -> Picture:
     """Return the picture of who owns the weights, method by method, first seed."""
-    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    figure = Picture(8, 2.2)
     axes = figure.subplots()
     runs = {r["method"]: r for r in reversed(results) if "weights_share" in r}
     for y, (_, run) in enumerate(runs.items()):

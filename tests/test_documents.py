@@ -31,8 +31,9 @@ def test_every_python_block_of_a_document_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_notebook_runs(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_notebook_runs(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    monkeypatch.syspath_prepend(path.parent)
     run_blocks(code_cells(path), path.stem)
 
 
