@@ -82,7 +82,7 @@ class Learner:
         """Return the metric of what was kept if the task is frozen on disk, without reading the network."""
         if self.folder is None or not self.folder.finished:
             return None
-        return StageRecord.from_json(self.folder.metadata(FROZEN)["record"]).value
+        return self._kept(self.folder, self.folder.metadata(FROZEN)).value
 
     def _train(self, label: str, width: float) -> tuple[State | None, StageRecord]:
         key, task, recipe = stage_key(self.key, self.task.name, label), self.task, self.recipe
@@ -185,18 +185,25 @@ class Learner:
 
     def _finished(self, folder: TaskFolder, state: State | None = None) -> Outcome:
         """Return the outcome of a task whose frozen stage is on disk."""
-        stage, facts = folder.find(self.net, FROZEN, self.heads), folder.metadata(FROZEN)
-        assert stage is not None and self.run is not None
-        self.records = folder.read_records()
-        for record in (*self.records, stage.record):
-            self.run.enter(record)
+        facts = folder.metadata(FROZEN)
+        record = self._kept(folder, facts)
         if state is None:
+            stage = folder.find(self.net, FROZEN, self.heads)
+            assert stage is not None
             state = stage.load()
             verification.verify(state)
         else:
-            self._log(facts["status"].lower().replace("_", " "), value=stage.record.value, test=facts["test"])
+            self._log(facts["status"].lower().replace("_", " "), value=record.value, test=facts["test"])
+        return self._outcome(Status[facts["status"]], state, record, facts["test"])
+
+    def _kept(self, folder: TaskFolder, facts: dict[str, Any]) -> StageRecord:
+        """Do what a process that was killed after freezing left undone; return the record of the frozen stage."""
+        record = StageRecord.from_json(facts["record"])
+        self.records = folder.read_records()
+        for one in (*self.records, record):
+            folder.run.enter(one)
         folder.tidy()
-        return self._outcome(Status[facts["status"]], state, stage.record, facts["test"])
+        return record
 
     def _outcome(self, status: Status, state: State, record: StageRecord, test: float | None) -> Outcome:
         records = tuple(self.records)

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -126,3 +127,22 @@ def test_a_loaded_state_compiles_nothing_that_the_saved_one_had_compiled(
     with compilations() as found:
         use(loaded)
     assert found.count == 0
+
+
+def test_five_tasks_of_a_recipe_trace_the_train_step_once_per_width(vector_module, data, traces):
+    """Training, every rung and all their learning rates share one step; each growth adds one."""
+    net = pae.linen(vector_module, data[0][:1])
+    phase = pae.recipes.Phase(2, pae.recipes.Rate(0.05, cosine=True))
+    rung = pae.recipes.Phase(2, pae.recipes.Rate(0.01, drops=((1, 0.1),)))
+    ladder = pae.recipes.Ladder((0.3, 0.6), rung)
+    recipe = pae.Recipe("five", phase, 8, ladder=ladder, goal=1.0, expansion=pae.recipes.Expansion(1.0, 3.0))
+    x = data[0]
+    tasks = [
+        pae.Task(str(i), 2, (x, y), val=(x, y))
+        for i, y in enumerate(np.random.default_rng(0).integers(2, size=(5, 40)))
+    ]
+    result = pae.learn_all(net, pae.init(net, jax.random.key(0)), tasks, recipe, key=jax.random.key(1), progress=False)
+    widths = {record.width for outcome in result.outcomes for record in outcome.records}
+    assert len(result.outcomes) == 5
+    assert len(widths) > 1
+    assert len(traces) == len(widths)
