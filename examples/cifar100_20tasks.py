@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
     }
 
 
-def run_seed(preset: Preset, images: Any, seed: int, methods: list[str], out: Path, tasks: int | None) -> None:
+def run_seed(preset: Preset, images: Any, seed: int, methods: Sequence[str], out: Path, tasks: int | None) -> None:
     """Run methods for a seed; a method whose result file exists is not run again."""
     stream = Stream(preset, images, seed, tasks)
     folder = out / f"seed-{seed}"

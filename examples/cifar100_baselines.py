@@ -58,7 +58,7 @@ def _separate(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train the same weights, norms included, on task after task; older heads stay and meet changed features."""
     net, matrix, heads_of = stream.net, np.full((len(stream), len(stream)), np.nan), []
-    start = pae.init(net, jax.random.fold_in(stream.key, 1))
+    state = start = pae.init(net, jax.random.fold_in(stream.key, 1))
     for i in range(len(stream)):
         task = stream[i]
         state = _trained(net, start, task, recipe, lifelong.stage_key(stream.key, task.name, "sequential"))

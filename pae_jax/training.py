@@ -172,7 +172,8 @@ def train_steps(net: Net, entry: TaskState, rule: Rule) -> TrainSteps:
 
 def _step_key(entry: TaskState, rule: Rule) -> tuple[Hashable, ...]:
     picks = entry.picking if entry.pick is not None else None
-    return (entry.width, fingerprint(entry.head_spec), entry.sharing, picks, rule.fingerprint())
+    sharing = "all" if entry.sharing == "picked" and picks is None else entry.sharing  # nothing older to pick from
+    return (entry.width, fingerprint(entry.head_spec), sharing, picks, rule.fingerprint())
 
 
 def _train_function(net: Net, entry: TaskState, rule: Rule) -> TrainStep:

@@ -218,6 +218,176 @@ def test_a_head_module_comes_back_with_the_module_that_load_is_given(net, empty,
         pae.load(net, path, heads={"a": Deep(), "n": head, "z": Deep()})
 
 
+# Picks
+
+
+PICKING = {"binary": pae.Picking(), "ternary": pae.Picking(threshold=0.002, initial=0.02, ternary=True)}
+
+
+@pytest.fixture(scope="module")
+def make_picking(net, frozen):
+    """Task "a" frozen, tasks "b" and "c" with picks drawn at random; both frozen if told so, else "c" is not."""
+
+    def make(rule, frozen_too=True):
+        state, draw = frozen, np.random.default_rng(0)
+        for task, freeze in (("b", True), ("c", frozen_too)):
+            state = pae.pack(net, state, task, head=2, key=jax.random.key(3), sharing="picked", picking=rule)
+            entry = state.tasks[task]
+            pick = jax.tree.map(lambda p: jnp.asarray(draw.choice([-0.1, 0.0, 0.1], p.shape), p.dtype), entry.pick)
+            state = pae.prune(state.replace(tasks={**state.tasks, task: entry.replace(pick=pick)}), task, 0.25)
+            state = pae.freeze(state, task) if freeze else state
+        return state
+
+    return make
+
+
+def picks_of(state, bits):
+    return {name: (entry.picking, bits(entry.pick)) for name, entry in state.tasks.items()}
+
+
+@pytest.mark.parametrize("frozen_too", [True, False], ids=["frozen", "not frozen"])
+@pytest.mark.parametrize("kind", PICKING)
+def test_picks_come_back_bit_for_bit_scores_before_the_freeze_and_signs_after_it(
+    net, make_picking, tmp_path, data, state_facts, bits, kind, frozen_too
+):
+    state = make_picking(PICKING[kind], frozen_too)
+    pae.save(tmp_path / "stage", state)
+    loaded = pae.load(net, tmp_path / "stage")
+    assert state_facts(loaded) == state_facts(state)
+    assert picks_of(loaded, bits) == picks_of(state, bits)
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    pae.check(loaded)
+    pae.verify(loaded)
+    for task in "abc":
+        np.testing.assert_array_equal(pae.predict(net, loaded, task, data[0]), pae.predict(net, state, task, data[0]))
+    stored = pae.read_metadata(tmp_path / "stage")["arrays"]
+    scores = {path: leaf["dtype"] for path, leaf in stored.items() if path.startswith("tasks/3/pick/")}
+    assert scores == ({} if frozen_too else dict.fromkeys(scores, "float32"))
+    assert len(scores) == (0 if frozen_too else 2)
+
+
+@pytest.mark.parametrize("kind", PICKING)
+def test_a_stored_pick_takes_one_bit_per_older_weight_and_two_if_ternary(make_picking, tmp_path, kind):
+    state = make_picking(PICKING[kind])
+    pae.save(tmp_path / "stage", state)
+    stored = pae.read_metadata(tmp_path / "stage")["arrays"]
+    for task_id in (2, 3):
+        older = sum(int(((o > 0) & (o < task_id)).sum()) for o in jax.tree.leaves(state.owner))
+        found = {path: leaf for path, leaf in stored.items() if path.startswith(f"tasks/{task_id}/pick")}
+        size = math.ceil(older / 8) * (2 if kind == "ternary" else 1)
+        assert {path: (leaf["dtype"], leaf["shape"]) for path, leaf in found.items()} == {
+            f"tasks/{task_id}/pick": ("uint8", [size])
+        }
+        assert 0 < older < 80
+
+
+def test_picks_of_a_task_older_than_the_widest_network_come_back(net, make_picking, tmp_path, data, bits):
+    state = pae.expand(net, make_picking(PICKING["ternary"]), width=1.5, key=jax.random.key(0))
+    state = pae.pack(net, state, "d", head=2, key=jax.random.key(1), sharing="picked")
+    pae.save(tmp_path / "stage", state)
+    loaded = pae.load(net, tmp_path / "stage")
+    assert picks_of(loaded, bits) == picks_of(state, bits)
+    pae.verify(loaded)
+    for task in "bc":
+        np.testing.assert_array_equal(pae.predict(net, loaded, task, data[0]), pae.predict(net, state, task, data[0]))
+
+
+def test_a_task_that_has_nothing_to_pick_from_comes_back(net, empty, tmp_path, bits):
+    """The first task owns no weight, so the second has picks of none."""
+    state = pae.freeze(pae.prune(pae.pack(net, empty, "a", head=2, key=jax.random.key(1)), "a", 1.0), "a")
+    state = pae.freeze(pae.pack(net, state, "b", head=2, key=jax.random.key(2), sharing="picked"), "b")
+    pae.save(tmp_path / "stage", state)
+    loaded = pae.load(net, tmp_path / "stage")
+    assert picks_of(loaded, bits) == picks_of(state, bits)
+    pae.verify(loaded)
+
+
+CHANGED_BITS = {
+    "one byte less": lambda bits: bits[:-1],
+    "one byte more": lambda bits: np.append(bits, np.uint8(0)),
+    "another dtype": lambda bits: bits.astype(np.int16),
+    "another rank": lambda bits: bits[None],
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_BITS)
+def test_picks_of_a_wrong_length_are_refused_and_the_task_named(net, make_picking, tmp_path, monkeypatch, name):
+    """They are written wrongly, so that every checksum fits."""
+    from pae_jax import checkpoint, picking
+
+    original, change = picking.to_bits, CHANGED_BITS[name]
+
+    def changed(signs, owner, task_id):
+        bits = original(signs, owner, task_id)
+        return change(bits) if task_id == 3 else bits
+
+    monkeypatch.setattr(checkpoint.picking, "to_bits", changed)
+    pae.save(tmp_path / "stage", make_picking(PICKING["ternary"]))
+    with pytest.raises(pae.CheckpointError, match="the picks of task 3 are"):
+        pae.load(net, tmp_path / "stage")
+
+
+def test_a_flipped_bit_of_a_stored_pick_is_found_and_the_task_named(net, make_picking, tmp_path, monkeypatch):
+    """Once on the way to the disk, after its checksum was taken; once before it, where only `verify` can tell."""
+    from pae_jax import checkpoint, picking
+
+    state, save, to_bits = make_picking(PICKING["ternary"]), checkpoint.ocp.save, picking.to_bits
+
+    def flip(bits):
+        return bits ^ (np.arange(bits.size) == 1).astype(np.uint8)
+
+    def save_flipped(path, arrays, **options):
+        tasks = {**arrays["tasks"], "2": {**arrays["tasks"]["2"], "pick": flip(arrays["tasks"]["2"]["pick"])}}
+        return save(path, {**arrays, "tasks": tasks}, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp, "save", save_flipped)
+        pae.save(tmp_path / "flipped", state)
+    with pytest.raises(pae.CheckpointError, match=r"flipped is damaged: 'tasks/2/pick' is not what was saved"):
+        pae.load(net, tmp_path / "flipped")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.picking, "to_bits", lambda *operands: flip(to_bits(*operands)))
+        pae.save(tmp_path / "wrong", state)
+    with pytest.raises(pae.ForgettingError, match="task 'b' is frozen, but 'pick/"):
+        pae.verify(pae.load(net, tmp_path / "wrong"))
+
+
+PICK_DAMAGE = {
+    "picking gone": lambda info: info["tasks"][1].update(picking=None),
+    "threshold": lambda info: info["tasks"][1]["picking"].update(threshold=0.5),
+    "ternary": lambda info: info["tasks"][1]["picking"].update(ternary=True),
+    "unknown setting": lambda info: info["tasks"][1]["picking"].update(soft=True),
+    "pick array gone": lambda info: info["arrays"].pop("tasks/2/pick"),
+    "length": lambda info: info["arrays"]["tasks/2/pick"].update(shape=[3]),
+    "sharing": lambda info: info["tasks"][1].update(sharing="all"),
+}
+
+
+def test_changed_json_about_picks_is_noticed_with_a_typed_error(net, make_picking, tmp_path):
+    pae.save(tmp_path / "stage", make_picking(PICKING["binary"]))
+    whole = (tmp_path / "stage" / JSON).read_text()
+    for name, change in PICK_DAMAGE.items():
+        edit_json(tmp_path / "stage", change)
+        with pytest.raises(pae.CheckpointError, match="is damaged"):
+            pytest.fail(f"loaded: {name}, {pae.load(net, tmp_path / 'stage')}")
+        (tmp_path / "stage" / JSON).write_text(whole)
+    pae.verify(pae.load(net, tmp_path / "stage"))
+
+
+def test_a_stage_of_the_first_schema_which_knew_no_picks_still_loads(net, second, copy, state_facts):
+    from pae_jax import checkpoint
+
+    def as_first(info):
+        info["schema_version"] = 1
+        for entry in info["tasks"]:
+            del entry["picking"]
+        del info["sha256"]
+        info.update(checkpoint._sealed(dict(info)))
+
+    edit_json(copy, as_first)
+    assert state_facts(pae.load(net, copy)) == state_facts(second)
+
+
 # The JSON
 
 

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 import pae_jax as pae
+from pae_jax.trees import flatten
 
 
 def logits_of(net, state, task, x):
@@ -483,3 +484,227 @@ def test_inputs_of_a_tree_must_have_equal_lengths_also_in_predict(quick_fit):
 def test_a_schedule_that_ends_after_the_last_step_is_refused_before_training(packed, quick_fit):
     with pytest.raises(pae.ArgumentError, match=r"ends at step 11, but 2 epochs of 5 steps are only 10"):
         quick_fit(packed, "a", epochs=2, pruning=pae.CubicSchedule(final=0.5, end=11))
+
+
+# parts
+
+
+def everything(state, task="a"):
+    """Return the arrays that training a task could change, by part."""
+    entry = state.tasks[task]
+    return {"shared": state.shared, "local": entry.local, "head": entry.head}
+
+
+def changed(new, old):
+    """Return the paths of the leaves that differ."""
+    pairs = zip(flatten(everything(new)).items(), flatten(everything(old)).values(), strict=True)
+    return {path for (path, a), b in pairs if (np.asarray(a) != np.asarray(b)).any()}
+
+
+PARTS = [("head",), ("shared",), ("local",), ("shared", "head"), ["head", "local"], {"shared", "local", "head"}]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(sorted(parts)))
+def test_only_the_named_parts_change_and_running_statistics_only_with_the_local_ones(packed, quick_fit, parts):
+    state, _ = quick_fit(packed, "a", parts=parts)
+    trained = {path for path in flatten(everything(packed)) if path.split("/")[0] in parts}
+    assert changed(state, packed) == trained
+    assert {"local/batch_stats/BatchNorm_0/mean", "local/batch_stats/BatchNorm_0/var"} <= flatten(
+        everything(packed)
+    ).keys()
+
+
+def test_without_local_variables_the_backbone_runs_as_in_evaluation(packed, quick_fit, data, traces, net):
+    """At a rate of 0 the loss of training is then that of `evaluate`; with them it is that of batch statistics."""
+    wanted = pae.evaluate(net, packed, "a", data)["loss"]
+    for parts in (("head",), ("shared",), ("shared", "head")):
+        _, history = quick_fit(packed, "a", [data], parts=parts, rate=0.0, epochs=1)
+        assert history.rows[0]["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert traces == []
+    _, history = quick_fit(packed, "a", [data], parts=("local",), rate=0.0, epochs=1)
+    assert abs(history.rows[0]["loss"] - wanted) > 1e-3
+
+
+def test_a_new_head_on_fixed_features_is_multinomial_regression(net, packed, quick_fit, data, assert_same):
+    """One step on the head alone is the step of the same head on features computed beforehand."""
+    x, y = data
+    features = pae.features(net, packed, "a", x)
+    state, _ = quick_fit(packed, "a", [data], parts=("head",), optimizer=optax.sgd(0.5), epochs=1)
+    head = packed.tasks["a"].head["params"]
+
+    def loss(head):
+        logits = features @ head["kernel"] + head["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, head, jax.grad(loss)(head))
+    for path, leaf in flatten(state.tasks["a"].head["params"]).items():
+        np.testing.assert_allclose(leaf, flatten(expected)[path], rtol=1e-5, atol=1e-7)
+    assert_same(pae.features(net, state, "a", x), features)
+
+
+def test_the_order_in_which_parts_are_named_compiles_nothing_anew(packed, quick_fit, compilations):
+    quick_fit(packed, "a", parts=("shared", "head"))
+    with compilations() as found:
+        quick_fit(packed, "a", parts=["head", "shared"])
+    assert found.count == 0
+
+
+def test_fit_refuses_parts_that_are_unknown_or_none(packed, quick_fit):
+    for parts in (("bias",), "head", ("head", "heads")):
+        with pytest.raises(pae.ArgumentError, match="parts must be one of 'shared', 'local', 'head', found"):
+            quick_fit(packed, "a", parts=parts)
+    with pytest.raises(pae.ArgumentError, match=r"parts is empty and there is no pick_optimizer: nothing would"):
+        quick_fit(packed, "a", parts=())
+
+
+def test_an_optimizer_state_of_other_parts_is_refused(packed, quick_fit):
+    _, history = quick_fit(packed, "a", parts=("head",), epochs=1)
+    with pytest.raises(pae.StructureError, match=r"opt_state, leaf '.*': found nothing"):
+        quick_fit(packed, "a", opt_state=history.opt_state)
+
+
+# rate
+
+
+RATES = {
+    "constant": (0.25, optax.constant_schedule(0.25)),
+    "steps": (optax.piecewise_constant_schedule(0.3, {3: 0.1, 7: 0.5}),) * 2,
+    "warm-up": (optax.linear_schedule(0.0, 0.3, 8),) * 2,
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_rate_equals_the_same_schedule_inside_the_optimizer_bit_for_bit(packed, quick_fit, assert_same, name):
+    """Two epochs of five steps; the schedule goes on counting where the second epoch begins."""
+    rate, schedule = RATES[name]
+    outside, history = quick_fit(packed, "a", optimizer=optax.sgd(1.0, momentum=0.9), rate=rate)
+    inside, expected = quick_fit(packed, "a", optimizer=optax.sgd(schedule, momentum=0.9))
+    assert_same(everything(outside), everything(inside))
+    assert history.rows == expected.rows
+    other, _ = quick_fit(packed, "a", optimizer=optax.sgd(1.0, momentum=0.9), rate=0.26)
+    assert changed(other, inside)
+
+
+def test_a_rate_equals_a_schedule_that_rounds_otherwise_when_compiled_up_to_rounding(packed, quick_fit):
+    """A cosine on the host and one compiled into the step may differ in their last bit."""
+    schedule = optax.cosine_decay_schedule(0.3, 10)
+    outside, _ = quick_fit(packed, "a", optimizer=optax.sgd(1.0, momentum=0.9), rate=schedule)
+    inside, _ = quick_fit(packed, "a", optimizer=optax.sgd(schedule, momentum=0.9))
+    for path, leaf in flatten(everything(inside)).items():
+        np.testing.assert_allclose(flatten(everything(outside))[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_another_rate_compiles_nothing_and_is_asked_once_a_step(packed, quick_fit, compilations):
+    asked = []
+    quick_fit(packed, "a", optimizer=optax.sgd(1.0), rate=0.1)
+    with compilations() as found:
+        for rate in (0.2, 1, 0.0, lambda step: asked.append(step) or 0.1 / (1 + step), lambda step: np.float32(0.1)):
+            quick_fit(packed, "a", optimizer=optax.sgd(1.0), rate=rate)
+    assert found.count == 0
+    assert asked == list(range(10))
+
+
+def test_at_a_rate_of_zero_no_weight_and_no_head_moves(packed, quick_fit):
+    state, _ = quick_fit(packed, "a", rate=0.0)
+    assert changed(state, packed) == {f"local/batch_stats/BatchNorm_0/{name}" for name in ("mean", "var")}
+
+
+@pytest.mark.parametrize("rate", [np.nan, np.inf, "0.1", None, True, [0.1]], ids=str)
+@pytest.mark.parametrize("name", ["rate", "pick_rate"])
+def test_fit_refuses_a_rate_that_is_no_number_and_no_function(packed, quick_fit, name, rate):
+    with pytest.raises(pae.ArgumentError, match=f"^{name} must be a finite number or a function of the step, found"):
+        quick_fit(packed, "a", **{name: rate})
+
+
+# augment
+
+AUGMENTED: list[str] = []
+
+
+def scaled_by(factor):
+    """An augmentation without chance; it notes when it is traced."""
+
+    def augment(key, x):
+        AUGMENTED.append(f"{factor} {x.shape}")
+        return factor * x
+
+    return augment
+
+
+def noisy(key, x):
+    return x + 0.5 * jax.random.normal(key, x.shape)
+
+
+def test_an_augmentation_is_compiled_into_the_step_and_once_for_equal_ones(
+    packed, quick_fit, data, compilations, traces
+):
+    """Python runs it to see what it makes of the inputs and to compile it, never at a step or an evaluation."""
+    quick_fit(packed, "a", augment=scaled_by(2.0), val=data, keep="best")
+    traces.clear()
+    counts = []
+    with compilations() as found:
+        for epochs in (1, 4):
+            AUGMENTED.clear()
+            quick_fit(packed, "a", augment=scaled_by(2.0), val=data, keep="best", epochs=epochs)
+            counts.append(len(AUGMENTED))
+    assert (traces, found.count) == ([], 0)
+    assert counts[0] == counts[1] <= 1
+    quick_fit(packed, "a", augment=scaled_by(3.0))
+    assert traces == [1.0]
+
+
+def test_an_augmentation_sees_what_training_sees_and_evaluation_never_does(net, packed, quick_fit, data):
+    x, y = data
+    state, history = quick_fit(packed, "a", augment=scaled_by(2.0), val=data)
+    by_hand, _ = quick_fit(packed, "a", (2 * x, y))
+    plain, _ = quick_fit(packed, "a")
+    for path, leaf in flatten(everything(by_hand)).items():  # two programs, so up to rounding
+        np.testing.assert_allclose(flatten(everything(state))[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+    assert changed(state, plain)
+    assert history.rows[-1]["val_loss"] == pytest.approx(pae.evaluate(net, state, "a", data)["loss"], rel=1e-6)
+
+
+def test_an_augmentation_draws_anew_at_every_step_and_the_same_for_the_same_key(packed, quick_fit, data, assert_same):
+    one, _ = quick_fit(packed, "a", augment=noisy)
+    two, _ = quick_fit(packed, "a", augment=noisy)
+    other, _ = quick_fit(packed, "a", augment=noisy, key=9)
+    assert_same(everything(one), everything(two))
+    assert changed(one, other)
+    losses = [
+        quick_fit(packed, "a", [data] * steps, augment=noisy, rate=0.0, parts=("head",), epochs=1)[1].rows[0]["loss"]
+        for steps in (1, 2, 3)
+    ]
+    first, second, third = losses[0], 2 * losses[1] - losses[0], 3 * losses[2] - 2 * losses[1]
+    assert min(abs(first - second), abs(second - third), abs(first - third)) > 1e-3
+
+
+class Sampled(nn.Module):
+    """Dropout, to see that an augmentation does not share its random numbers."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(16)(x))
+
+
+def test_an_augmentation_takes_no_random_numbers_from_dropout(quick_fit, data, assert_same):
+    net = pae.linen(Sampled, jnp.zeros((1, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    plain, _ = quick_fit(state, "a", net=net)
+    same, _ = quick_fit(state, "a", net=net, augment=lambda key, x: jnp.where(jax.random.uniform(key) < 2, x, 0.0))
+    assert_same(everything(plain), everything(same))
+
+
+def test_an_augmentation_of_several_inputs_gets_them_all(quick_fit):
+    net = pae.linen(Pair, {"left": jnp.zeros((1, 3)), "right": jnp.zeros((1, 2))})
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    draw = np.random.default_rng(0)
+    x = {"left": draw.normal(size=(8, 3)).astype(np.float32), "right": draw.normal(size=(8, 2)).astype(np.float32)}
+    y = np.arange(8) % 2
+    swapped = lambda key, x: {"left": -x["left"], "right": x["right"]}  # noqa: E731
+    found, _ = quick_fit(state, "a", (x, y), net=net, augment=swapped)
+    expected, _ = quick_fit(state, "a", ({"left": -x["left"], "right": x["right"]}, y), net=net)
+    assert flatten(found.shared).keys() == flatten(expected.shared).keys()
+    for path, leaf in flatten(found.shared).items():
+        np.testing.assert_array_equal(leaf, flatten(expected.shared)[path])

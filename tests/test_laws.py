@@ -327,6 +327,142 @@ def test_every_operation_returns_a_new_state_and_leaves_the_old_one_as_it_was(ne
     assert state_facts(second) == before
 
 
+# Picks of older weights
+
+
+def part_of(state, task):
+    entry = state.tasks[task]
+    return {"shared": state.shared, "owner": state.owner, "local": entry.local, "head": entry.head}
+
+
+@pytest.fixture(scope="module")
+def two_and_picks(net, two_frozen, quick_fit):
+    """Old task "a", old task "b" with some picks of a's weights, and "c" packed, which picks among both."""
+    state = pae.pack(net, pae.drop(two_frozen, "b"), "b", head=2, key=jax.random.key(3), sharing="picked")
+    state, _ = quick_fit(state, "b", pick_optimizer=optax.adam(0.003), epochs=4)
+    state = pae.freeze(pae.prune(state, "b", 0.25), "b")
+    picked = jax.tree.leaves(pae.masks(state, "b"))
+    assert 40 < sum(int(mask.sum()) for mask in picked) < 70
+    return pae.pack(net, state, "c", head=2, key=jax.random.key(6), sharing="picked")
+
+
+ALL_PICKED = {
+    "no pick optimizer": ("adamw", {}),
+    "a pick rate of 0": ("sgd, weight decay, nesterov", {"pick_optimizer": optax.adam(0.01), "pick_rate": 0.0}),
+    "ternary": ("adamw", {"pick_optimizer": optax.sgd(0.01), "pick_rate": lambda step: 0}),
+}
+
+
+@pytest.mark.parametrize("name", ALL_PICKED)
+def test_a_task_that_picks_every_older_weight_is_bit_identical_to_one_that_shares_all(
+    net, two_and_picks, quick_fit, data, assert_same, name
+):
+    start = pae.drop(two_and_picks, "c")
+    plain = pae.pack(net, start, "c", head=2, key=jax.random.key(6))
+    rule = pae.Picking(ternary=name == "ternary")
+    picked = pae.pack(net, start, "c", head=2, key=jax.random.key(6), sharing="picked", picking=rule)
+    optimizer, options = ALL_PICKED[name]
+    tx = OPTIMIZERS[optimizer]()
+    plain, history = quick_fit(plain, "c", optimizer=tx)
+    picked, found = quick_fit(picked, "c", optimizer=tx, **options)
+    assert history.rows == found.rows
+    for state, other in ((picked, plain), tuple(pae.freeze(pae.prune(s, "c", 0.5), "c") for s in (picked, plain))):
+        assert_same(part_of(state, "c"), part_of(other, "c"))
+        assert_same(pae.predict(net, state, "c", data[0]), pae.predict(net, other, "c", data[0]))
+        assert_same(pae.masks(state, "c"), pae.masks(other, "c"))
+        pae.verify(state)
+
+
+def test_the_first_task_that_would_pick_is_bit_identical_to_one_that_shares_all(
+    net, empty, packed, quick_fit, data, assert_same, tmp_path
+):
+    picked = pae.pack(net, empty, "a", head=2, key=jax.random.key(1), sharing="picked")
+    assert picked.tasks["a"].pick is None
+    plain, _ = quick_fit(packed, "a")
+    picked, _ = quick_fit(picked, "a")
+    plain, picked = (pae.freeze(pae.prune(state, "a", 0.5), "a") for state in (plain, picked))
+    assert_same(part_of(picked, "a"), part_of(plain, "a"))
+    assert_same(pae.masks(picked, "a"), pae.masks(plain, "a"))
+    assert pae.report(picked).rows[0]["sees"] == pae.report(plain).rows[0]["sees"] == 40
+    pae.save(tmp_path / "stage", picked)
+    for state in (picked, pae.load(net, tmp_path / "stage")):
+        pae.check(state)
+        pae.verify(state)
+        assert_same(pae.predict(net, state, "a", data[0]), pae.predict(net, plain, "a", data[0]))
+
+
+CHAINS = [
+    ("sgd, weight decay, nesterov", "adamw"),
+    ("lamb", "pull to an average of the params"),
+    ("pull to an average of the params", "noise on every parameter"),
+    ("MultiSteps", "clip_by_global_norm"),
+]
+
+
+@pytest.mark.parametrize(("weights", "picks"), CHAINS, ids=lambda name: name.replace(" ", "_"))
+def test_old_weights_variables_heads_and_picks_are_bit_identical_while_a_task_picks_under_any_optimizers(
+    net, two_and_picks, quick_fit, data, assert_same, weights, picks
+):
+    old, x = two_and_picks, data[0]
+    wanted = {task: pae.predict(net, old, task, x) for task in "ab"}
+    new, history = quick_fit(old, "c", optimizer=OPTIMIZERS[weights](), pick_optimizer=OPTIMIZERS[picks]())
+    new, _ = quick_fit(
+        pae.prune(new, "c", 0.25),
+        "c",
+        optimizer=OPTIMIZERS[weights](),
+        pick_optimizer=OPTIMIZERS[picks](),
+        opt_state=history.opt_state,
+    )
+    assert at_owner(new, lambda o: o == 3) != at_owner(old, lambda o: o == 3)
+    for path, w in flatten(new.shared).items():
+        owner = np.asarray(flatten(old.owner)[path])
+        older = (owner > 0) & (owner < 3)
+        assert np.asarray(w)[older].tobytes() == np.asarray(flatten(old.shared)[path])[older].tobytes(), path
+        before, after = (np.asarray(flatten(state.tasks["c"].pick)[path]) for state in (old, new))
+        assert before[~older].tobytes() == after[~older].tobytes(), path
+        assert (before != after)[older].mean() > 0.5, path
+    for state in (new, pae.freeze(new, "c")):
+        for task in "ab":
+            entry, first = state.tasks[task], old.tasks[task]
+            assert_same((entry.local, entry.head, entry.pick), (first.local, first.head, first.pick))
+            assert_same(pae.predict(net, state, task, x), wanted[task])
+        pae.check(state)
+        pae.verify(state)
+
+
+@pytest.mark.parametrize("ternary", [False, True], ids=["binary", "ternary"])
+def test_freezing_a_task_that_picks_changes_no_bit_of_its_predictions_nor_does_anything_later(
+    net, two_and_picks, quick_fit, data, assert_same, tmp_path, ternary
+):
+    x, y = data
+    rule = pae.Picking(ternary=ternary)
+    state = pae.pack(
+        net, pae.drop(two_and_picks, "c"), "c", head=2, key=jax.random.key(6), sharing="picked", picking=rule
+    )
+    state, _ = quick_fit(state, "c", pick_optimizer=optax.adam(0.005), epochs=4)
+    state = pae.prune(state, "c", 0.5)
+    signs = np.concatenate([np.asarray(s).ravel() for s in jax.tree.leaves(rule.signs(state.tasks["c"].pick))])
+    assert set(signs.astype(int)) == ({-1, 0, 1} if ternary else {0, 1})
+    wanted, scores = pae.predict(net, state, "c", x), pae.evaluate(net, state, "c", data)
+    stages = {"trained": state, "frozen": pae.freeze(state, "c")}
+    pick = stages["frozen"].tasks["c"].pick
+    stages["packed"] = pae.pack(net, stages["frozen"], "d", head=2, key=jax.random.key(7), sharing="picked")
+    stages["fitted"], _ = quick_fit(stages["packed"], "d", (x, 1 - y), pick_optimizer=optax.adamw(0.1))
+    stages["pruned"] = pae.prune(stages["fitted"], "d", 0.5)
+    stages["second frozen"] = pae.freeze(stages["pruned"], "d")
+    stages["dropped"] = pae.drop(stages["second frozen"], "d")
+    for name in ("trained", "frozen", "fitted", "second frozen"):
+        pae.save(tmp_path / name, stages[name])
+        stages[f"{name}, saved and loaded"] = pae.load(net, tmp_path / name)
+    for stage, later in stages.items():
+        assert_same(pae.predict(net, later, "c", x), wanted)
+        assert pae.evaluate(net, later, "c", data) == scores, stage
+        if stage.split(",")[0] != "trained":
+            assert_same(later.tasks["c"].pick, pick)
+        pae.check(later)
+        pae.verify(later)
+
+
 # Law 9 (the hard cases are in test_checkpoint.py)
 
 

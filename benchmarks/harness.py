@@ -1,0 +1,166 @@
+"""How the benchmarks measure: in turn in one process, medians with quartiles, ratios, compilations, memory, JSON.
+
+Seconds depend on the machine and on what else runs there. So all ways to do one thing are timed in turn, round by
+round, and compared by the ratio of their medians; the quartiles of the ratio within single rounds say how far to trust
+it. `load_average` in the result says whether the machine was quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+
+WARM_UP = 3
+_PACKAGES = ("pae-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_COMPILED: list[float] = []
+
+Way = Callable[[], Any]
+"""One round of what is measured; the arrays that it returns are waited for."""
+
+
+def _note_compilation(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(duration_secs)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
+
+@contextmanager
+def compilations() -> Iterator[SimpleNamespace]:
+    """Count the programs that XLA compiles in the block: `.count`, and the `.seconds` they took, set at its end."""
+    found = SimpleNamespace(count=0, seconds=0.0)
+    before = len(_COMPILED)
+    yield found
+    found.count, found.seconds = len(_COMPILED) - before, round(sum(_COMPILED[before:]), 2)
+
+
+def in_turn(ways: Mapping[str, Way], repeats: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round, after rounds of warming up that are not counted.
+
+    Args:
+      ways: what to time; each is called once per round, in this order.
+      repeats: rounds that count.
+      warm_up: rounds before, at least 1: the first compiles.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(warm_up + repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            jax.block_until_ready(way())
+            if number >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def compare(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
+    """Return the median seconds of each way, and how it compares with the base.
+
+    Returns:
+      `{"seconds": {way: median}, "ratios": {"way / base": {"median": ratio of the medians, "quartiles": [low, high] of
+      the ratios within rounds}}}`.
+    """
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {}
+    for name in times:
+        if name != base:
+            rounds = [a / b for a, b in zip(times[name], times[base], strict=True)]
+            ratio = {"median": round(medians[name] / medians[base], 3), "quartiles": quartiles(rounds)}
+            ratios[f"{name} / {base}"] = ratio
+    return {"seconds": {name: significant(value) for name, value in medians.items()}, "ratios": ratios}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the first and the third quartile."""
+    if len(values) < 2:
+        return [round(value, 3) for value in (*values, *values)]
+    low, _, high = statistics.quantiles(values, method="inclusive")
+    return [round(low, 3), round(high, 3)]
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """Return a number to so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def program_bytes(compiled: Any) -> dict[str, int]:
+    """Return what a compiled program needs in memory: arguments and results (shared where donated), temporaries."""
+    found = compiled.memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"arguments_and_results": kept, "temporaries": found.temp_size_in_bytes}
+
+
+def array_bytes(tree: Any) -> int:
+    """Return the bytes of the arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def live_bytes() -> int:
+    """Return the bytes of all arrays that this process holds."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def options(doc: str | None, repeats: int, *extra: tuple[str, dict[str, Any]]) -> argparse.Namespace:
+    """Parse the command line of a benchmark: `--repeats`, `--only`, `--out`, and what it adds."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds that are timed (default {repeats})")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
+    script = Path(sys.argv[0])
+    out = script.parent / "results" / f"{script.stem}.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file (default: in results/)")
+    for name, settings in extra:
+        parser.add_argument(name, **settings)
+    return parser.parse_args()
+
+
+def publish(settings: argparse.Namespace, cases: Mapping[str, Callable[[], dict[str, Any]]], **more: Any) -> None:
+    """Run the cases that are asked for, print each result, and write them all with what made them.
+
+    Args:
+      settings: from `options`.
+      cases: name and measurement.
+      **more: further entries of the result file.
+    """
+    chosen = {name: run for name, run in cases.items() if settings.only in name}
+    if not chosen:
+        raise SystemExit(f"no case contains {settings.only!r}; cases: {', '.join(cases)}")
+    result: dict[str, Any] = {**_made_by(settings), **more, "cases": {}}
+    for name, run in chosen.items():
+        result["cases"][name] = run()
+        print(f"{name}: {json.dumps(result['cases'][name], indent=2)}", flush=True)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _made_by(settings: argparse.Namespace) -> dict[str, Any]:
+    """Return command, hardware, versions and load of this run."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if not (word.startswith("--out") and ("=" in word or next(words)))]
+    device = jax.devices()[0]
+    memory = device.memory_stats() or {}
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept]),
+        "hardware": {
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "device_bytes": memory.get("bytes_limit"),
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+        },
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "repeats": settings.repeats,
+    }

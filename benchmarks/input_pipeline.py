@@ -1,0 +1,78 @@
+"""What feeding costs: cutting shuffled batches out of arrays, and `pae.fit` around the bare train steps.
+
+Command:   python benchmarks/input_pipeline.py           (--only SmallCNN for one model)
+Expected:  feed / bare <= 0.03 for the models and fit / bare <= 1.05 on 2 CPU cores; 2 minutes
+Writes:    benchmarks/results/input_pipeline.json
+
+One epoch in each way, in turn, in one process. "bare" takes the same batch over and over, as a step benchmark does.
+"feed" only shuffles the arrays and puts batch after batch on the device. "fit" is the public call of one epoch:
+checking the data, copying the state once, feeding, stepping, adding up. With random crops and flips compiled into the
+step there is "fit, augmented" as well. The epochs are short, so what `fit` does once weighs more than in a real run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import steps
+
+import pae_jax as pae
+from pae_jax import batching, heads
+
+# Model, shape of a batch, batches per epoch.
+CASES: dict[str, tuple[Any, tuple[int, ...], int]] = {
+    "MLP 16, 100 batches of 64": (pae.models.MLP, (64, 16), 100),
+    "SmallCNN 112x92x1, 60 batches of 25": (pae.models.SmallCNN, (25, 112, 92, 1), 60),
+    "VGG16 32x32x3, 12 batches of 32": (pae.models.VGG16, (32, 32, 32, 3), 12),
+}
+
+
+def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> dict[str, Any]:
+    """Return times and ratios of an epoch in each way."""
+    batch, *image = shape
+    net = pae.linen(model, jnp.zeros((1, *image)))
+    state = steps.packed_state(net, frozen=1)
+    tx = optax.sgd(1e-3, momentum=0.9)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch * batches, *image)).astype(np.float32)
+    y = rng.integers(0, steps.CLASSES, len(x)).astype(np.int32)
+    _, logits = heads.layout(net, steps.CLASSES, state.width)
+    step = steps.packed_step(net, state, tx, (jnp.asarray(x[:batch]), jnp.asarray(y[:batch])))
+
+    def bare() -> Any:
+        for _ in range(batches):
+            step()
+        return step.moving
+
+    def feed() -> Any:
+        source = batching.feed(net, (x, y), logits, batch, class_labels=True)
+        return [jax.device_put(piece) for piece in source.epoch(0, jax.random.key(0))]
+
+    def fit(augment: Any = None) -> Any:
+        key = jax.random.key(0)
+        once: dict[str, Any] = {"epochs": 1, "batch_size": batch, "augment": augment, "progress": False}
+        return pae.fit(net, state, "newest", (x, y), optimizer=tx, key=key, **once)[0].shared
+
+    ways: dict[str, harness.Way] = {"bare": bare, "feed": feed, "fit": fit}
+    if len(image) == 3:
+        ways["fit, augmented"] = functools.partial(fit, pae.data.crop_and_flip())
+    return {**harness.compare(harness.in_turn(ways, repeats, 1), "bare"), "steps": batches}
+
+
+def main() -> None:
+    """Measure the cases and write the result file."""
+    settings = harness.options(__doc__, 5)
+    harness.publish(
+        settings,
+        {name: functools.partial(measure, *case, settings.repeats) for name, case in CASES.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

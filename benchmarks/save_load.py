@@ -1,0 +1,88 @@
+"""How fast stages are saved and loaded, against writing the same bytes plainly.
+
+Command:   python benchmarks/save_load.py                (--only VGG16 for one model; --folder to choose the disk)
+Expected:  save / plain write <= 3 and load / plain read <= 4 for VGG16 on a local disk; 5 bytes per weight before
+           compression; 1 minute
+Writes:    benchmarks/results/save_load.json
+
+Three tasks, two of them frozen; weights are random, which does not compress. The plain way puts every array into a
+file of its own by `numpy.save` and flushes it to the disk, and reads it back by `numpy.load`: no digests, no check of
+shapes, no atomic folder. Both read from the page cache of the operating system, which one cannot empty without
+privileges. Bandwidths are bytes of arrays in memory per second.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import steps
+
+import pae_jax as pae
+
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "SmallCNN 112x92x1": (pae.models.SmallCNN, (1, 112, 92, 1)),
+    "VGG16 32x32x3": (pae.models.VGG16, (1, 32, 32, 3)),
+}
+
+
+def measure(model: Any, shape: tuple[int, ...], repeats: int, parent: Path | None) -> dict[str, Any]:
+    """Return times, ratios and bandwidths of saving and loading."""
+    net = pae.linen(model, jnp.zeros(shape))
+    state = steps.packed_state(net)
+    arrays = jax.tree.leaves((state.shared, state.owner, [(e.local, e.head) for e in state.tasks.values()]))
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        saved = Path(folder) / "stage"
+        pae.save(saved, state)
+        plain = [Path(folder) / f"{index}.npy" for index in range(len(arrays))]
+        fresh = itertools.count()
+
+        def write() -> None:
+            for path, array in zip(plain, arrays, strict=True):
+                with path.open("wb") as file:
+                    np.save(file, np.asarray(array))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+        def read() -> Any:
+            return [jnp.asarray(np.load(path)) for path in plain]
+
+        def load() -> Any:
+            loaded = pae.load(net, saved)
+            return loaded.shared, loaded.owner
+
+        saving = {"plain write": write, "save": lambda: pae.save(Path(folder) / f"stage-{next(fresh)}", state)}
+        writing = harness.compare(harness.in_turn(saving, repeats, 1), "plain write")
+        reading = harness.compare(harness.in_turn({"plain read": read, "load": load}, repeats, 1), "plain read")
+        on_disk = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.shared))
+    in_memory = harness.array_bytes(arrays)
+    seconds = {**writing["seconds"], **reading["seconds"]}
+    return {
+        "seconds": seconds,
+        "ratios": {**writing["ratios"], **reading["ratios"]},
+        "megabytes_per_second": {name: round(in_memory / 1e6 / value) for name, value in seconds.items()},
+        "bytes_per_weight": {"memory": round(in_memory / weights, 2), "disk": round(on_disk / weights, 2)},
+    }
+
+
+def main() -> None:
+    """Measure the cases and write the result file."""
+    folder = ("--folder", {"type": Path, "default": None, "help": "where to write (default: the temporary folder)"})
+    settings = harness.options(__doc__, 5, folder)
+    harness.publish(
+        settings,
+        {name: functools.partial(measure, *case, settings.repeats, settings.folder) for name, case in CASES.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()
