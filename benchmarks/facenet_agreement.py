@@ -57,7 +57,7 @@ def separation(embeddings: np.ndarray, people: np.ndarray) -> dict[str, Any]:
 
 def by_opencv(images: np.ndarray) -> np.ndarray:
     """Return the embeddings that OpenCV computes with the package's graph."""
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
 
     graph = cv2.dnn.readNetFromTensorflow(str(graphdef.package_graph()))
 

@@ -58,7 +58,8 @@ class Learner:
             self.heads[task.name] = task.head
         _, logits = heads.layout(net, task.head, state.width)
         # Checked data of unknown length has nothing in its recipe that counts steps.
-        self.steps = feed(net, task.train, logits, recipe.batch_size, class_labels=task.loss is None).steps or 1
+        known = feed(net, task.train, logits, recipe.batch_size, task.loss is None, task.augment)
+        self.steps = known.steps or 1
 
     def learn(self) -> Outcome:
         if self.folder is not None and self.folder.finished:

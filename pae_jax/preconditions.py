@@ -57,12 +57,13 @@ def check_call(
             "the training data as val="
         )
     _, logits = heads.layout(net, task.head, state.width)
-    for data in (task.train, task.val, task.test):
+    classes = task.loss is None
+    for data in (task.val, task.test):
         if data is not None:
-            feed(net, data, logits, recipe.batch_size, class_labels=task.loss is None)
+            feed(net, data, logits, recipe.batch_size, classes)
     for data in (task.val, task.test, task.train if ladder is not None and ladder.floor is not None else None):
         task.check_accuracy(data, logits)
-    steps = feed(net, task.train, logits, recipe.batch_size, class_labels=task.loss is None).steps
+    steps = feed(net, task.train, logits, recipe.batch_size, classes, task.augment).steps
     if steps is None and ((ladder is not None and ladder.ramp) or any(phase.needs_steps for phase in recipe.phases)):
         raise ArgumentError(
             f"task {task.name!r}: the training data has no length, so the epochs of a rate or a ramp have no number of "

@@ -281,17 +281,6 @@ def test_a_stored_pick_takes_one_bit_per_older_weight_and_two_if_ternary(make_pi
         assert 0 < older < 80
 
 
-def test_picks_of_a_task_older_than_the_widest_network_come_back(net, make_picking, tmp_path, data, bits):
-    state = pae.expand(net, make_picking(PICKING["ternary"]), width=1.5, key=jax.random.key(0))
-    state = pae.pack(net, state, "d", head=2, key=jax.random.key(1), sharing="picked")
-    pae.save(tmp_path / "stage", state)
-    loaded = pae.load(net, tmp_path / "stage")
-    assert picks_of(loaded, bits) == picks_of(state, bits)
-    pae.verify(loaded)
-    for task in "bc":
-        np.testing.assert_array_equal(pae.predict(net, loaded, task, data[0]), pae.predict(net, state, task, data[0]))
-
-
 def test_a_task_that_has_nothing_to_pick_from_comes_back(net, empty, tmp_path, bits):
     """The first task owns no weight, so the second has picks of none."""
     state = pae.freeze(pae.prune(pae.pack(net, empty, "a", head=2, key=jax.random.key(1)), "a", 1.0), "a")

@@ -44,10 +44,15 @@ def run(optimizer, problem, rates):
     """Return the parameters after each step, `w + rate * update`."""
     params, gradients = problem
     tx = optimizer.transformation() if hasattr(optimizer, "transformation") else optimizer
-    state, update, found = tx.init(params), jax.jit(tx.update), []
+    state, found = tx.init(params), []
+
+    @jax.jit
+    def step(params, state, gradient, rate):
+        updates, state = tx.update(gradient, state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state
+
     for gradient, rate in zip(gradients, rates, strict=True):
-        updates, state = update(gradient, state, params)
-        params = jax.tree.map(lambda p, u: p + jnp.float32(rate) * u, params, updates)
+        params, state = step(params, state, gradient, np.float32(rate))
         found.append(exactly(params))
     return found
 
@@ -171,7 +176,7 @@ def test_start_continues_the_bias_correction_of_adam(problem):
 KERNELS = {"shared": "shared/kernel", "head": "head/k"}
 
 
-@pytest.mark.parametrize("decayed", [(), ("shared",), ("head",), ("shared", "head")], ids=str)
+@pytest.mark.parametrize("decayed", [(), ("head",), ("shared", "head")], ids=str)
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adam hat"])
 def test_decay_is_coupled_and_touches_only_the_kernels_of_the_decayed_parts(problem, kind, decayed):
     options = {"weight_decay": 0.05, "decayed": decayed}

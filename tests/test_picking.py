@@ -476,20 +476,21 @@ def test_check_finds_picks_that_do_not_fit_the_weights_or_the_sharing(picked, na
 # A wider network
 
 
-def test_picks_keep_to_their_own_width_when_the_network_grows(net, make_picked, quick_fit, data, assert_same):
-    state, _ = quick_fit(make_picked(picking=TERNARY), "b", pick_optimizer=optax.adam(0.005), epochs=4)
-    state = pae.freeze(pae.prune(state, "b", 0.25), "b")
+def test_picks_keep_to_their_own_width_when_the_network_grows(net, make_picked, data, assert_same, tmp_path):
+    draw = np.random.default_rng(1)
+    scores = lambda path, p, owner: draw.choice([-0.1, 0.0, 0.1], p.shape).astype(np.float32)  # noqa: E731
+    state = pae.freeze(pae.prune(with_scores(make_picked(picking=TERNARY), scores), "b", 0.25), "b")
     seen, wanted = number_of(pae.masks(state, "b")), pae.predict(net, state, "b", data[0])
     assert 30 < seen < 70
-    state = pae.expand(net, state, width=1.5, key=jax.random.key(6))
-    assert_same(pae.predict(net, state, "b", data[0]), wanted)
-    assert number_of(pae.masks(state, "b")) == pae.report(state).rows[1]["sees"] == seen
-    for mask, owner in zip(*map(jax.tree.leaves, (pae.masks(state, "b"), state.owner)), strict=True):
-        assert not (np.asarray(mask) & (np.asarray(owner) == 0)).any()
-    state = make_picked(state, "c")
-    entry = state.tasks["c"]
-    pae.check(state)
-    assert [p.shape for p in jax.tree.leaves(entry.pick)] == [w.shape for w in jax.tree.leaves(state.shared)]
-    state, _ = quick_fit(state, "c", pick_optimizer=optax.adam(0.005))
-    assert_same(pae.predict(net, state, "b", data[0]), wanted)
-    pae.verify(state)
+    grown = make_picked(pae.expand(net, state, width=1.5, key=jax.random.key(6)), "c")
+    pae.save(tmp_path / "stage", grown)
+    for wide in (grown, pae.load(net, tmp_path / "stage")):
+        assert_same(pae.predict(net, wide, "b", data[0]), wanted)
+        assert_same(wide.tasks["b"].pick, state.tasks["b"].pick)
+        assert number_of(pae.masks(wide, "b")) == pae.report(wide).rows[1]["sees"] == seen
+        for mask, owner in zip(*map(jax.tree.leaves, (pae.masks(wide, "b"), wide.owner)), strict=True):
+            assert not (np.asarray(mask) & (np.asarray(owner) == 3)).any()
+        shapes = [w.shape for w in jax.tree.leaves(wide.shared)]
+        assert [p.shape for p in jax.tree.leaves(wide.tasks["c"].pick)] == shapes
+        pae.check(wide)
+        pae.verify(wide)
