@@ -219,7 +219,7 @@ def choose(
       met: whether the unpruned stage reaches the goal; if not, the largest fraction is taken, to leave room.
     """
     last = len(records) - 1
-    if ladder.choose == "last":
+    if not met or ladder.choose == "last":
         return last
     if ladder.choose == "best_accuracy" or goal is None:
         scores = [metric.score(record.value) for record in records]
