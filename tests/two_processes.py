@@ -3,44 +3,45 @@
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
 
-address, count, number, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-if count > 1:
-    jax.distributed.initialize(address, count, number)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-
-import pae_jax as pae  # noqa: E402
-from pae_jax.trees import flatten  # noqa: E402
-
-net = pae.linen(lambda width: pae.models.MLP(width=width), jnp.zeros((1, 4)))
-x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
-first, second = (x, (x[:, 0] > 0).astype(np.int32)), (x, (x[:, 1] > 0).astype(np.int32))
-mesh = Mesh(np.asarray(jax.devices()), ("data",))
+import pae_jax as pae
+from pae_jax.trees import flatten
 
 
-def fit(state, task, data, key, **options):
+def train(net, state, task, data, key, **options):
     options = {"optimizer": optax.adamw(0.01), "epochs": 4, "batch_size": 16, "progress": False, **options}
     return pae.fit(net, state, task, data, key=jax.random.key(key), **options)[0]
 
 
-state = pae.pack(net, pae.init(net, jax.random.key(0)), "first", head=2, key=jax.random.key(1))
-state = pae.freeze(pae.prune(fit(state, "first", first, 2), "first", 0.5), "first")
-logits = np.asarray(pae.predict(net, state, "first", x))
-state = pae.pack(net, state, "second", head=2, key=jax.random.key(3))
-schedule = pae.CubicSchedule(final=0.5, end=12, every=4)
-found = {}
-for name, options in {"one": {}, "mesh": {"mesh": mesh}, "split": {"mesh": mesh, "split_weights": True}}.items():
-    trained = fit(state, "second", second, 4, pruning=schedule, val=second, keep="best", **options)
-    pae.verify(trained)
-    same = (np.asarray(pae.predict(net, trained, "first", x)) == logits).all()
-    found |= {f"{name}/shared/{path}": np.asarray(leaf) for path, leaf in flatten(trained.shared).items()}
-    found |= {f"{name}/owner/{path}": np.asarray(leaf) for path, leaf in flatten(trained.owner).items()}
-    found[f"{name}/logits of the first task are the same bits"] = np.asarray(same)
-    found[f"{name}/devices"] = np.asarray(jax.device_count())
-if number == 0 and count == 1:
-    pae.save(f"{out}.stage", trained)
-np.savez(out, **found)
+def main(address, count, number, out):
+    if count > 1:
+        jax.distributed.initialize(address, count, number)
+    net = pae.linen(lambda width: pae.models.MLP(width=width), jnp.zeros((1, 4)))
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    first, second = (x, (x[:, 0] > 0).astype(np.int32)), (x, (x[:, 1] > 0).astype(np.int32))
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "first", head=2, key=jax.random.key(1))
+    state = pae.freeze(pae.prune(train(net, state, "first", first, 2), "first", 0.5), "first")
+    logits = np.asarray(pae.predict(net, state, "first", x))
+    state = pae.pack(net, state, "second", head=2, key=jax.random.key(3))
+    schedule = pae.CubicSchedule(final=0.5, end=12, every=4)
+    found = {}
+    for name, options in {"one": {}, "mesh": {"mesh": mesh}, "split": {"mesh": mesh, "split_weights": True}}.items():
+        trained = train(net, state, "second", second, 4, pruning=schedule, val=second, keep="best", **options)
+        pae.verify(trained)
+        same = (np.asarray(pae.predict(net, trained, "first", x)) == logits).all()
+        found |= {f"{name}/shared/{path}": np.asarray(leaf) for path, leaf in flatten(trained.shared).items()}
+        found |= {f"{name}/owner/{path}": np.asarray(leaf) for path, leaf in flatten(trained.owner).items()}
+        found[f"{name}/logits of the first task are the same bits"] = np.asarray(same)
+        found[f"{name}/devices"] = np.asarray(jax.device_count())
+    if count == 1:
+        pae.save(f"{out}.stage", trained)
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
