@@ -14,6 +14,7 @@ two kills, it is compared and the next one begins in a new folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ import numpy as np
 import pae_jax as pae
 from pae_jax.recipes import Expansion, Ladder, Phase, Rate, Recipe
 
-POLL = 0.001
+POLL = 0.003
 LONGEST_WRITE = 0.06
 
 
@@ -99,9 +100,13 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def half_written(folder: Path) -> bool:
-    """Say whether a stage is on disk under its temporary name."""
-    return any("orbax-checkpoint-tmp" in entry.name for entry in folder.glob("*/*"))
+def half_written(folder: Path) -> set[tuple[str, int]]:
+    """Return the stages that are on disk under their temporary name, told apart by their inode."""
+    found = set()
+    for entry in folder.glob("*/*orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            found.add((str(entry), entry.stat().st_ino))
+    return found
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -124,10 +129,11 @@ def uninterrupted(folder: Path) -> tuple[float, float]:
 
 def kill_once(folder: Path, while_writing: bool, delay: float) -> dict[str, Any] | None:
     """Start a process and kill it; return the moment, None if the run got to its end before."""
-    process, begun, seen = start(folder), time.perf_counter(), None
+    left, seen = half_written(folder), None
+    process, begun = start(folder), time.perf_counter()
     while process.poll() is None:
         now = time.perf_counter()
-        if while_writing and seen is None and half_written(folder) and now - begun > 1.0:
+        if while_writing and seen is None and half_written(folder) - left:
             seen = now
         if now - (seen or begun) >= delay and (seen is not None or not while_writing):
             process.kill()
@@ -137,7 +143,7 @@ def kill_once(folder: Path, while_writing: bool, delay: float) -> dict[str, Any]
                 "kind": "writing" if while_writing else "any time",
                 "seconds": round(time.perf_counter() - begun, 3),
                 "last_event": " ".join(str(last.get(name, "")) for name in ("event", "folder", "stage")).strip(),
-                "half_written_stage": half_written(folder),
+                "half_written_stage": bool(half_written(folder) - left),
             }
         time.sleep(POLL)
     if process.returncode:

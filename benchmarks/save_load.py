@@ -5,7 +5,8 @@ Expected:  save / plain write <= 3 and load / plain read <= 4 for VGG16 on a loc
            compression; 1 minute
 Writes:    benchmarks/results/save_load.json
 
-Three tasks, two of them frozen; weights are random, which does not compress. The plain way puts every array into a
+Three tasks, two of them frozen. All weights are random, so they hardly compress; weights that are free compress to
+nothing. The plain way puts every array into a
 file of its own by `numpy.save` and flushes it to the disk, and reads it back by `numpy.load`: no digests, no check of
 shapes, no atomic folder. Both read from the page cache of the operating system, which one cannot empty without
 privileges. Bandwidths are bytes of arrays in memory per second.
@@ -24,7 +25,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import steps
 
 import pae_jax as pae
 
@@ -34,10 +34,21 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
+def three_tasks(net: pae.Net) -> pae.State:
+    """Return a network with three tasks whose weights are all drawn at random."""
+    state = pae.init(net, jax.random.key(0))
+    for index in range(3):
+        name, key = f"task {index}", jax.random.key(index)
+        state = pae.pack(net, state, name, head=5, key=key, reclaim_init="fresh")
+        if index < 2:
+            state = pae.freeze(pae.prune(state, name, 0.5), name)
+    return state
+
+
 def measure(model: Any, shape: tuple[int, ...], repeats: int, parent: Path | None) -> dict[str, Any]:
     """Return times, ratios and bandwidths of saving and loading."""
     net = pae.linen(model, jnp.zeros(shape))
-    state = steps.packed_state(net)
+    state = three_tasks(net)
     arrays = jax.tree.leaves((state.shared, state.owner, [(e.local, e.head) for e in state.tasks.values()]))
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         saved = Path(folder) / "stage"

@@ -181,6 +181,7 @@ def learn(options: argparse.Namespace, preset: Preset) -> None:
     described = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset) if f.name not in NOT_RECORDED}
     recipes = {"recipe": preset.recipe.to_json(), "own": preset.own.to_json()}
     inputs = {"seed": options.seed, "fold": options.fold if options.data else None, "data": found.facts}
+    inputs["checksum"] = found.checksum
     checksum = zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.shared)))
     open_folder(options.out, {**described, **recipes, **inputs, "weights": checksum})
     facts, page = run(preset, found, net, state, options.out, keys[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ class Sources:
       gender: male and female.
       sample: uint8 (n, size, size, 3), training faces to measure activations on.
       facts: what was loaded, in words and counts.
+      checksum: of images and labels, so that a run goes on with its own data only.
     """
 
     faces: Any
@@ -195,6 +197,7 @@ class Sources:
     gender: Labelled
     sample: np.ndarray
     facts: dict[str, Any]
+    checksum: int
 
 
 def local(preset: Any, file: Path, folder: Path | None, key: jax.Array) -> Sources:
@@ -233,7 +236,17 @@ def local(preset: Any, file: Path, folder: Path | None, key: jax.Array) -> Sourc
             "labels": f"pack {file.name}: {len(pack.train)} train, {len(pack.val)} validation, {len(pack.test)} test",
             "retraining": f"{len(images)} views: identities of {train} people, unpruned features of all",
         },
+        checksum=_checksum(
+            orl, *(part for s in (pack.train, pack.val, pack.test) for part in (s.images, s.age, s.gender))
+        ),
     )
+
+
+def _checksum(*arrays: np.ndarray) -> int:
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
 
 
 def enlarged(faces: np.ndarray, size: int) -> np.ndarray:

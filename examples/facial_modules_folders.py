@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def folders(preset: Any, root: Path, fold: int, pairs: Path | None, cache: Path,
             "labels": f"Adience, fold {fold}",
             "retraining": f"{len(training)} images of {people} identities",
         },
+        checksum=zlib.crc32(repr((source.classes, starts, lfw.images, age.classes, gender.classes)).encode()),
     )
 
 

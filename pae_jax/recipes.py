@@ -130,7 +130,9 @@ def pae() -> Recipe:
 
     Returns:
       A recipe whose goal is the accuracy of the task's own network, as the paper describes it. The authors' scripts
-      climb all rungs and take the best accuracy: `Ladder(choose="best_accuracy")`.
+      climb all rungs and take the best accuracy, `Ladder(choose="best_accuracy")`; they grow by hand, train the wider
+      network at 0.03, prune it at 2e-4 and let it see task 1 alone, `Recipe(sharing="first")`. Here the optimizer's
+      means start afresh with every rung; there they go on.
 
     Example:
       >>> import pae_jax as pae
@@ -159,7 +161,7 @@ def packnet() -> Recipe:
     available weights freed at once; 30 epochs at 1e-3, divided by 10 after 25. No goal, no growth.
 
     Returns:
-      A recipe.
+      A recipe. Both trainings keep the epoch of the best validation metric; there it is the last epoch.
 
     Example:
       >>> import pae_jax as pae
@@ -185,7 +187,9 @@ def cpg() -> Recipe:
     then 30 epochs of retraining at 1e-3, picks at 1e-4. Norms start as the last task's. Growth by 0.5 to 1.5.
 
     Returns:
-      A recipe whose goal is the accuracy of the task's own network.
+      A recipe whose goal is the accuracy of the task's own network. The best validation epoch counts, of training, of
+      every rung (at its full fraction) and of the own network; there it is the last one. Growth goes by the validation
+      metric alone, there by a training accuracy of 0.95 too. Retraining starts from the picks that were learned.
 
     Example:
       >>> import pae_jax as pae

@@ -49,8 +49,9 @@ def face(rng, age, gender):
     return pixels.astype(np.uint8)
 
 
-def write_pack(path, count=96, **changes):
-    rng = np.random.default_rng(0)
+def write_pack(path, count=96, seed=0, **changes):
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
     age, gender = rng.integers(1, 90, count), rng.integers(0, 2, count)
     images = [encoded(face(rng, a, g)) for a, g in zip(age, gender, strict=True)]
     arrays = {
@@ -279,6 +280,11 @@ def test_a_folder_of_other_settings_or_of_something_else_is_left_alone(command, 
     with pytest.raises(SystemExit, match="begun with other settings"):
         command(finished, "--seed", 1)
     assert stamps(finished) == before
+    other = write_pack(tmp_path / "other" / "pack.npz", seed=5)
+    with pytest.raises(SystemExit, match="begun with other settings"):
+        command(finished, "--faces", other)
+    assert stamps(finished) == before
+    shutil.rmtree(other.parent)
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(SystemExit, match="holds what this program did not make"):
         command(tmp_path)

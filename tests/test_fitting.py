@@ -501,7 +501,7 @@ def changed(new, old):
     return {path for (path, a), b in pairs if (np.asarray(a) != np.asarray(b)).any()}
 
 
-PARTS = [("head",), ("shared",), ("local",), ("shared", "head"), ["head", "local"], {"shared", "local", "head"}]
+PARTS = [("head",), ("shared",), ["head", "local"], {"shared", "head"}]
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(sorted(parts)))
@@ -569,7 +569,6 @@ def test_an_optimizer_state_of_other_parts_is_refused(packed, quick_fit):
 RATES = {
     "constant": (0.25, optax.constant_schedule(0.25)),
     "steps": (optax.piecewise_constant_schedule(0.3, {3: 0.1, 7: 0.5}),) * 2,
-    "warm-up": (optax.linear_schedule(0.0, 0.3, 8),) * 2,
 }
 
 
