@@ -3,7 +3,7 @@
 Command:   python examples/cifar100_20tasks.py --preset small --recipe all --seeds 0 1 2 --out runs/cifar100_small
            python examples/cifar100_20tasks.py --preset paper --recipe cpg --out runs/cifar100_paper
 Data:      CIFAR-100 by tensorflow-datasets, or from a local pack: --data FILE.npz
-Expected:  small: one line per method with accuracy and stored bytes; a few minutes per method and seed on 2 CPU cores
+Expected:  small: one line per method with accuracy and stored bytes; 1 to 9 minutes per method and seed, 2 CPU cores
            paper: the published protocol, averages 67.5 (PackNet), 77.1 (PAE), 80.9 (CPG); hours on a GPU
 
 `paper` is the published protocol (VGG16 with two dense layers of 4096, 20 tasks, 100 epochs), except that every choice
