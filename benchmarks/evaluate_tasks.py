@@ -1,7 +1,8 @@
 """What it costs to evaluate every task of a network, against the bare forward passes.
 
 Command:   python benchmarks/evaluate_tasks.py           (--only SmallCNN for one model)
-Expected:  evaluate / bare <= 1.1 for the models, on 2 CPU cores; the second task compiles nothing; 1 minute
+Expected:  evaluate / bare <= 1.1 for the convolutional models on 2 CPU cores; the second task compiles nothing;
+           1 minute
 Writes:    benchmarks/results/evaluate_tasks.json
 
 T frozen tasks, each with half of the room that was left, are evaluated one after the other on the same images. "bare"

@@ -1,7 +1,7 @@
 """What an update of gradual pruning costs, per million weights and against a train step.
 
 Command:   python benchmarks/prune_cost.py               (--only VGG16 for one model)
-Expected:  prune / step <= 0.6 for VGG16 with batch 32 on 2 CPU cores, either scope; no compilation for another target;
+Expected:  prune / step <= 0.4 for VGG16 with batch 32 on 2 CPU cores, either scope; no compilation for another target;
            1 minute
 Writes:    benchmarks/results/prune_cost.json
 

@@ -1,15 +1,14 @@
 """How fast stages are saved and loaded, against writing the same bytes plainly.
 
 Command:   python benchmarks/save_load.py                (--only VGG16 for one model; --folder to choose the disk)
-Expected:  save / plain write <= 3 and load / plain read <= 4 for VGG16 on a local disk; 5 bytes per weight before
-           compression; 1 minute
+Expected:  save / plain write <= 2 and load / plain read <= 4 for VGG16 on a local disk; 4 of 5 bytes per weight on the
+           disk; 1 minute
 Writes:    benchmarks/results/save_load.json
 
-Three tasks, two of them frozen. All weights are random, so they hardly compress; weights that are free compress to
-nothing. The plain way puts every array into a
-file of its own by `numpy.save` and flushes it to the disk, and reads it back by `numpy.load`: no digests, no check of
-shapes, no atomic folder. Both read from the page cache of the operating system, which one cannot empty without
-privileges. Bandwidths are bytes of arrays in memory per second.
+Three tasks, two of them frozen. All weights are random, so they hardly compress; free ones would, to nothing. The plain
+way puts every array into a file of its own by `numpy.save` and flushes it to the disk, and reads it back by
+`numpy.load`: no digests, no check of shapes, no atomic folder. Both read from the page cache of the operating system,
+which one cannot empty without privileges. Bandwidths are bytes of arrays in memory per second.
 """
 
 from __future__ import annotations

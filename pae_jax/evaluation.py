@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from pae_jax import heads, ownership, training, verification
 from pae_jax.batching import Feed, feed, pad
-from pae_jax.errors import DataError
-from pae_jax.network import Net, as_inputs, check_batch_size, check_inputs
+from pae_jax.network import Net, as_inputs
+from pae_jax.pieces import in_pieces
 from pae_jax.state import State, TaskState, find
 from pae_jax.training import Loss, softmax_cross_entropy
-from pae_jax.trees import Tree, flatten, require_match
+from pae_jax.trees import Tree, require_match
 
 EVAL_BATCH = 256
 
@@ -138,22 +136,8 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
 
 def _run(net: Net, state: State, entry: TaskState, x: Tree, batch_size: int | None, apply: Any) -> jax.Array:
     require_own_net(net, state, entry)
-    x = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), x)
-    check_inputs(net, x)
-    lengths = {path: len(leaf) for path, leaf in flatten(x).items()}
-    count = max(lengths.values())
-    if min(lengths.values()) != count:
-        raise DataError(f"the parts of x have different numbers of examples: {lengths}; they must be equal")
-    size = None if batch_size is None else check_batch_size(batch_size)
     weights = ownership.task_weights(state, entry)
-    if size is None or count == 0:
-        return apply(weights, as_inputs(net, x))
-    pieces = []
-    for start in range(0, count, size):
-        piece = jax.tree.map(lambda leaf: np.asarray(leaf[start : start + size]), x)  # noqa: B023
-        filled, _, _ = pad((piece, np.zeros(len(jax.tree.leaves(piece)[0]))), size)
-        pieces.append(apply(weights, as_inputs(net, filled)))
-    return jnp.concatenate(pieces)[:count]
+    return in_pieces(net, x, batch_size, lambda x: apply(weights, x))
 
 
 def require_own_net(net: Net, state: State, entry: TaskState) -> None:
