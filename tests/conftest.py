@@ -17,7 +17,6 @@ from pae_jax.trees import describe, flatten
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-OPTIMIZED = ("test_laws", "test_training")
 _COMPILED: list[str] = []
 
 
@@ -54,12 +53,13 @@ def _bits(leaf):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Compile with few optimizations, twice as fast, where the compiler's own work is not what is tested."""
-    optimized = request.path.parent != Path(__file__).parent or request.path.stem in OPTIMIZED
-    if jax.config.read("jax_disable_most_optimizations") == optimized:
-        # Programs compiled one way and the other differ in bits, so none may outlive its module's way.
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", not optimized)
+    """Compile with few optimizations, twice as fast, except in the folders below, which share no network with others.
+
+    Programs compiled one way and the other differ in bits, so all that use the networks below compile one way.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.parent == Path(__file__).parent)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
