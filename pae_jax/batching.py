@@ -32,6 +32,10 @@ class Feed(NamedTuple):
     arrays: Batch | None = None
     order: Callable[[int, jax.Array], np.ndarray] | None = None
 
+    def size(self, batch_size: int) -> int:
+        """Return the examples of a training batch where so many are asked for: no more than there are."""
+        return batch_size if self.arrays is None else min(batch_size, len(self.arrays[1]))
+
 
 def feed(
     net: Net,

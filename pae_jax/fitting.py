@@ -17,7 +17,7 @@ from pae_jax.evaluation import EVAL_BATCH, require_own_net
 from pae_jax.judging import Judge, Plateau
 from pae_jax.looping import History, Loop, Rate
 from pae_jax.network import Net, as_key
-from pae_jax.placement import Placement
+from pae_jax.placement import Placement, placement_over
 from pae_jax.pruning import CubicSchedule, check_choice
 from pae_jax.state import State, find_trainable
 from pae_jax.training import PARTS, Augment, Loss, Rule, softmax_cross_entropy
@@ -134,7 +134,7 @@ def fit(
     rule = Rule(_transformation(optimizer), objective, pick_tx, augment, ordered)
     _, logits = heads.layout(net, entry.head_spec, entry.width)
     batches = feed(net, train, logits, batch_size, class_labels=loss is None, augment=augment)
-    placement = _placement(mesh, split_weights, batches, batch_size)
+    placement = placement_over(mesh, split_weights, batches.size(batch_size))
     calls = _steps_per_call(steps_per_call, batches, placement)
     if pruning and batches.steps is not None and pruning.end > batches.steps * epochs:
         raise ArgumentError(
@@ -146,16 +146,6 @@ def fit(
     judge = Judge(net, task, val_feed, objective, score, keep == "best", plateau)
     loop = Loop(net, state, task, entry, rule, rates, pruning, as_key(key), placement, calls)
     return loop.run(batches, judge, int(epochs), opt_state, progress)
-
-
-def _placement(mesh: Mesh | None, split_weights: bool, batches: Feed, batch_size: int) -> Placement | None:
-    if mesh is None:
-        if split_weights:
-            raise ArgumentError("split_weights splits over the devices of a mesh; pass mesh= as well")
-        return None
-    placement = Placement(mesh, split_weights)
-    placement.check_batch(batch_size if batches.arrays is None else min(batch_size, len(batches.arrays[1])))
-    return placement
 
 
 def _steps_per_call(wanted: int | None, batches: Feed, placement: Placement | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -46,12 +46,13 @@ class Learner:
         upcoming: int | None,
         run: Run | None,
         folder: TaskFolder | None,
+        devices: Mapping[str, Any],
         progress: bool,
         title: str | None = None,
     ):
         self.net, self.start, self.task, self.recipe, self.key = net, state, task, recipe, key
         self.goal, self.upcoming, self.run, self.folder, self.progress = goal, upcoming, run, folder, progress
-        self.metric, self.title = task.metric, title or task.name
+        self.devices, self.metric, self.title = devices, task.metric, title or task.name
         self.records: list[StageRecord] = []
         self.heads = {name: e.head_spec for name, e in state.tasks.items() if not isinstance(e.head_spec, int)}
         if not isinstance(task.head, int):
@@ -301,6 +302,7 @@ class Learner:
             score=score,
             plateau=phase.plateau if chooses else None,
             progress=self.progress,
+            **self.devices,
         )
 
     def _reaches(self, stage: Stage) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pae_jax.controller import Outcome, starting_width
@@ -20,6 +21,7 @@ from pae_jax.recipes import Recipe
 from pae_jax.runs import Run, matrix_of, settings_of
 from pae_jax.state import State
 from pae_jax.tasks import Task
+from pae_jax.training import PARTS
 
 
 def learn(
@@ -32,6 +34,8 @@ def learn(
     run: Run | None = None,
     goal: float | None = None,
     upcoming: int | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
     progress: bool = True,
 ) -> Outcome:
     """Learn one task by a recipe and freeze it; all choices go by its validation data.
@@ -49,6 +53,8 @@ def learn(
       run: folder that makes the call resumable and keeps records; None works in memory alone.
       goal: value of the metric to reach; None takes the recipe's.
       upcoming: tasks still to come after this one; sets equal shares, and the room left when the goal is missed.
+      mesh: devices that share the training, as for `fit`; a run may go on with another number of devices.
+      split_weights: with a mesh, whether the weights are split over the devices as well, as for `fit`.
       progress: show progress bars.
 
     Returns:
@@ -77,19 +83,20 @@ def learn(
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
     recipe, key = recipe_for(state, recipe), as_key(key)
-    check_call(net, state, task, recipe, goal, upcoming)
+    check_call(net, state, task, recipe, goal, upcoming, mesh, split_weights)
+    devices: Any = {"mesh": mesh, "split_weights": split_weights}
     wanted = recipe.goal if goal is None else goal
     if wanted == "baseline":
         # Where the task cannot start at all, the long way to its goal is not gone.
         stuck = starting_width(net, state, recipe) is None
-        wanted = None if stuck else baseline(net, task, recipe, key=key, run=run, progress=progress)
+        wanted = None if stuck else baseline(net, task, recipe, key=key, run=run, progress=progress, **devices)
     goal = None if wanted is None else float(wanted)
     folder = None
     if run is not None:
         settings = settings_of(state, task, recipe, key, goal, upcoming)
         folder = run.task_folder(f"{len(state.tasks) + 1:02d}-{task.name}", settings)
     facts: Any = {"key": key, "goal": goal, "upcoming": upcoming, "run": run, "folder": folder}
-    return Learner(net, state, task, recipe, **facts, progress=progress).learn()
+    return Learner(net, state, task, recipe, **facts, devices=devices, progress=progress).learn()
 
 
 def baseline(
@@ -100,6 +107,8 @@ def baseline(
     key: jax.Array,
     run: Run | None = None,
     start: State | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
     progress: bool = True,
 ) -> float:
     """Return the validation metric of the task's own network: the recipe's training without anything else.
@@ -110,7 +119,10 @@ def baseline(
       recipe: its `head_first`, `train` and `batch_size` are used; nothing is pruned and nothing grows.
       key: random key.
       run: folder that keeps the network, in `baseline-<task>`; asked again, it is not trained again.
-      start: a network without tasks to start from, such as a pretrained one; None draws one at width 1.
+      start: a network without tasks to start from, such as a pretrained one, which trains the recipe's `parts`; None
+        draws one at width 1, which trains as a whole.
+      mesh: devices that share the training, as for `fit`; a run may go on with another number of devices.
+      split_weights: with a mesh, whether the weights are split over the devices as well, as for `fit`.
       progress: show progress bars.
 
     Returns:
@@ -129,7 +141,7 @@ def baseline(
       >>> pae.baseline(net, task, recipe, key=jax.random.key(0), progress=False) > 0.9
       True
     """
-    learner = _alone(net, task, recipe, key, run, start, progress)
+    learner = _alone(net, task, recipe, key, run, start, mesh, split_weights, progress)
     known = learner.finished_value()
     return _learned(learner).value if known is None else known
 
@@ -142,19 +154,32 @@ def own_network(
     key: jax.Array,
     run: Run | None = None,
     start: State | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
     progress: bool = True,
 ) -> Outcome:
     """Train the task's own network, as `baseline` does, and return all that came of it."""
-    return _learned(_alone(net, task, recipe, key, run, start, progress))
+    return _learned(_alone(net, task, recipe, key, run, start, mesh, split_weights, progress))
 
 
 def _alone(
-    net: Net, task: Task, recipe: Recipe, key: jax.Array, run: Run | None, start: State | None, progress: bool
+    net: Net,
+    task: Task,
+    recipe: Recipe,
+    key: jax.Array,
+    run: Run | None,
+    start: State | None,
+    mesh: Mesh | None,
+    split_weights: bool,
+    progress: bool,
 ) -> Learner:
+    # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
+    whole = start is None or "shared" not in recipe.train.parts
+    parts = PARTS if whole else recipe.train.parts
     alone = replace(
         recipe,
         name=f"own network of {recipe.name}",
-        train=replace(recipe.train, pick_rate=None, parts=("shared", "local", "head")),
+        train=replace(recipe.train, pick_rate=None, parts=parts),
         sharing="all",
         picking=None,
         ladder=None,
@@ -168,13 +193,14 @@ def _alone(
         start = init(net, stage_key(key, task.name, "init"))
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
-    check_call(net, start, task, alone)
+    check_call(net, start, task, alone, None, None, mesh, split_weights)
+    devices: Any = {"mesh": mesh, "split_weights": split_weights}
     title, folder = f"{task.name} (own network)", None
     if run is not None:
         settings = settings_of(start, task, alone, key, None, None, title)
         folder = run.task_folder(f"baseline-{task.name}", settings)
     facts: Any = {"key": key, "goal": None, "upcoming": None, "run": run, "folder": folder}
-    return Learner(net, start, task, alone, **facts, progress=progress, title=title)
+    return Learner(net, start, task, alone, **facts, devices=devices, progress=progress, title=title)
 
 
 def _learned(learner: Learner) -> Outcome:
@@ -210,6 +236,8 @@ def learn_all(
     key: jax.Array,
     run: Run | None = None,
     goals: Mapping[str, float] | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
     progress: bool = True,
 ) -> Stream:
     """Learn a stream of tasks, and measure every task's test data after each one.
@@ -222,6 +250,8 @@ def learn_all(
       key: random key of the whole stream.
       run: folder that makes the call resumable; None works in memory alone.
       goals: `{task: value}` for those that have one; the recipe's goal for the others.
+      mesh: devices that share the training, as for `fit`; a run may go on with another number of devices.
+      split_weights: with a mesh, whether the weights are split over the devices as well, as for `fit`.
       progress: show progress bars.
 
     Returns:
@@ -239,7 +269,7 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
-    check_stream(net, state, tasks, recipe, goals)
+    check_stream(net, state, tasks, recipe, goals, mesh, split_weights)
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[Task] = []
@@ -253,6 +283,8 @@ def learn_all(
             run=run,
             goal=None if goals is None else goals.get(task.name),
             upcoming=len(tasks) - number - 1,
+            mesh=mesh,
+            split_weights=split_weights,
             progress=progress,
         )
         state = outcome.state

@@ -70,6 +70,21 @@ class Placement:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def placement_over(mesh: Mesh | None, split_weights: bool, batch_size: int) -> Placement | None:
+    """Return the placement that the arguments `mesh` and `split_weights` ask for; None without a mesh.
+
+    Raises:
+      ArgumentError: weights to split and no mesh, or a batch that the devices do not divide.
+    """
+    if mesh is None:
+        if split_weights:
+            raise ArgumentError("split_weights splits over the devices of a mesh; pass mesh= as well")
+        return None
+    placement = Placement(mesh, split_weights)
+    placement.check_batch(batch_size)
+    return placement
+
+
 def put_back(tree: Tree, before: Tree) -> Tree:
     """Return a tree where the arrays of another one of equal shapes live."""
 

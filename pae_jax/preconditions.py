@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from jax.sharding import Mesh
+
 from pae_jax import heads, verification
 from pae_jax.batching import feed
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.evaluation import require_own_net
 from pae_jax.network import Net
 from pae_jax.phases import check_count, check_number
+from pae_jax.placement import placement_over
 from pae_jax.recipes import Recipe
 from pae_jax.state import MAX_TASKS, State, find, names, newest
 from pae_jax.tasks import Task
@@ -28,6 +31,8 @@ def check_call(
     recipe: Recipe,
     goal: float | None = None,
     upcoming: int | None = None,
+    mesh: Mesh | None = None,
+    split_weights: bool = False,
     first: bool = True,
 ) -> None:
     """Raise for whatever would stop the loop later, before anything is computed or written."""
@@ -63,8 +68,11 @@ def check_call(
             feed(net, data, logits, recipe.batch_size, classes)
     for data in (task.val, task.test, task.train if ladder is not None and ladder.floor is not None else None):
         task.check_accuracy(data, logits)
-    steps = feed(net, task.train, logits, recipe.batch_size, classes, task.augment).steps
-    if steps is None and ((ladder is not None and ladder.ramp) or any(phase.needs_steps for phase in recipe.phases)):
+    train = feed(net, task.train, logits, recipe.batch_size, classes, task.augment)
+    placement_over(mesh, split_weights, train.size(recipe.batch_size))
+    if train.steps is None and (
+        (ladder is not None and ladder.ramp) or any(phase.needs_steps for phase in recipe.phases)
+    ):
         raise ArgumentError(
             f"task {task.name!r}: the training data has no length, so the epochs of a rate or a ramp have no number of "
             "steps; give data with a length, or constant rates and ramp=0"
@@ -72,7 +80,13 @@ def check_call(
 
 
 def check_stream(
-    net: Net, state: State, tasks: Sequence[Task], recipe: Recipe, goals: Mapping[str, float] | None
+    net: Net,
+    state: State,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    goals: Mapping[str, float] | None,
+    mesh: Mesh | None,
+    split_weights: bool,
 ) -> None:
     """Raise before anything is learned for what a later task would stop at, where all tasks are at hand."""
     if not hasattr(tasks, "__len__"):
@@ -88,4 +102,5 @@ def check_stream(
             raise ArgumentError(f"goals has {name!r}, which is no task; tasks: {', '.join(known)}")
     for number, task in enumerate(tasks):
         later = recipe if number else recipe_for(state, recipe)
-        check_call(net, state, task, later, None if goals is None else goals.get(task.name), first=not number)
+        goal = None if goals is None else goals.get(task.name)
+        check_call(net, state, task, later, goal, None, mesh, split_weights, first=not number)

@@ -45,6 +45,7 @@ class Run:
 
     Raises:
       CheckpointError: the path is a file.
+      ArgumentError: several processes of a distributed run.
 
     Example:
       >>> import tempfile, pae_jax as pae
@@ -56,6 +57,8 @@ class Run:
     def __init__(self, path: str | Path, *, keep: Literal["frozen", "all"] = "frozen"):
         check_choice("keep", keep, ("frozen", "all"))
         self.path, self.keep = Path(path).absolute(), keep
+        if jax.process_count() > 1:
+            raise ArgumentError(f"a run is written by one process, found {jax.process_count()}; learn without run=")
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; a run is a folder")
         self.path.mkdir(parents=True, exist_ok=True)

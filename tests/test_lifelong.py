@@ -456,6 +456,20 @@ def test_the_own_network_of_a_task_is_plain_training_from_its_own_start(net, lea
     assert pae.baseline(net, task, recipe, key=KEY, progress=False) == own.value
 
 
+def test_an_own_network_drawn_anew_trains_as_a_whole_and_a_given_one_the_parts_of_the_recipe(
+    net, vector_module, bits, state_facts
+):
+    train = dataclasses.replace(QUICK, parts=("shared", "head"))
+    task, recipe = make_task(), dataclasses.replace(PLAIN, train=train, norm_init="inherit")
+    started = pae.from_variables(net, vector_module().init(KEY, jnp.zeros((1, 4)), train=False))
+    given = lifelong.own_network(net, task, recipe, key=KEY, start=started, progress=False).state
+    assert bits(given.tasks["a"].local) == bits(started.local)
+    assert bits(given.shared) != bits(started.shared)
+    drawn = lifelong.own_network(net, task, recipe, key=KEY, progress=False).state
+    whole = lifelong.own_network(net, task, dataclasses.replace(recipe, train=QUICK), key=KEY, progress=False).state
+    assert state_facts(drawn) == state_facts(whole)
+
+
 def test_packnet_equals_cpg_with_all_picks_on_bit_for_bit(net, learn_all, assert_same):
     """Sharing "picked" with scores that are never trained sees all older weights, as sharing "all" does."""
     tasks = [make_task("a", 0), make_task("b", 1), make_task("c", 2)]

@@ -1,6 +1,7 @@
 """Training on many devices: 8 virtual ones in one process, and 2 processes, each started on its own."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -17,12 +18,18 @@ import pae_jax as pae
 from pae_jax.placement import Placement
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
+stream = runpy.run_path(str(SCRIPT))["stream"]
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return pae.linen(lambda width: pae.models.MLP(width=width), jnp.zeros((1, 4)))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def runs(tmp_path_factory):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-2000:]
     found = {name: dict(np.load(folder / f"{name}.npz")) for _, _, _, name in calls}
-    return found, folder / "eight.npz.stage"
+    return found, folder / "eight.npz"
 
 
 def test_the_runs_really_had_that_many_devices(runs):
@@ -84,13 +91,54 @@ def test_both_processes_end_with_the_same_bits(runs):
     assert all(first[path].tobytes() == second[path].tobytes() for path in first)
 
 
-def test_a_stage_saved_on_eight_devices_loads_on_one(runs):
-    found, stage = runs
-    net = pae.linen(lambda width: pae.models.MLP(width=width), jnp.zeros((1, 4)))
-    state = pae.load(net, stage)
+def test_a_stage_saved_on_eight_devices_loads_on_one(runs, mlp):
+    found, out = runs
+    state = pae.load(mlp, f"{out}.stage")
     pae.verify(state)
     for path, leaf in pae.trees.flatten(state.shared).items():
         assert np.asarray(leaf).tobytes() == found["eight"][f"split/shared/{path}"].tobytes()
+
+
+def test_a_run_begun_on_eight_devices_goes_on_with_one(runs, mlp, assert_same):
+    _, out = runs
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    tasks, recipe = stream(
+        {"first": (x, (x[:, 0] > 0).astype(np.int32)), "second": (x, (x[:, 1] > 0).astype(np.int32))}
+    )
+    empty, run = pae.load(mlp, f"{out}.empty"), pae.Run(f"{out}.run")
+    begun, learned = (Path(f"{out}.run") / "events.jsonl").read_text(), pae.load(mlp, f"{out}.run/01-first/frozen")
+    state = pae.learn_all(mlp, empty, tasks, recipe, key=jax.random.key(5), run=run, progress=False).state
+    since = (Path(f"{out}.run") / "events.jsonl").read_text().removeprefix(begun)
+    assert '"first"' in begun and '"first"' not in since and '"second"' in since
+    assert_same(
+        [state.tasks["first"].local, state.tasks["first"].head],
+        [learned.tasks["first"].local, learned.tasks["first"].head],
+    )
+    assert state.tasks["first"].digests == learned.tasks["first"].digests
+    pae.verify(state)
+
+
+def test_learning_on_a_mesh_is_learning(net, data, assert_same):
+    tasks, recipe = stream({"a": data, "b": data})
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    options = {"key": jax.random.key(1), "progress": False}
+    empty = pae.init(net, jax.random.key(0))
+    one = pae.learn_all(net, empty, tasks, recipe, **options)
+    two = pae.learn_all(net, empty, tasks, recipe, mesh=mesh, split_weights=True, **options)
+    assert_same(two.state, one.state)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_before_anything_is_written(tmp_path, net, data, empty):
+    tasks, recipe = stream({"a": (data[0][:15], data[1][:15])})
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    for call in (pae.learn, pae.baseline):
+        first = (net,) if call is pae.baseline else (net, empty)
+        task = pae.Task("a", 2, tasks[0].train, val=data)
+        with pytest.raises(pae.ArgumentError, match="must divide the batch, found 15"):
+            call(*first, task, recipe, key=jax.random.key(1), run=pae.Run(tmp_path), mesh=mesh, progress=False)
+    with pytest.raises(pae.ArgumentError, match="must divide the batch, found 15"):
+        pae.learn_all(net, empty, tasks, recipe, key=jax.random.key(1), mesh=mesh, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_array_is_split_along_its_longest_axis_that_the_devices_divide():

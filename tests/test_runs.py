@@ -220,6 +220,13 @@ def test_a_keep_of_no_kind_and_a_file_for_a_folder_are_refused(tmp_path):
         pae.Run(tmp_path / "file")
 
 
+def test_a_run_is_written_by_one_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(pae.ArgumentError, match="one process, found 2"):
+        pae.Run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # Going on
 
 

@@ -17,6 +17,13 @@ def train(net, state, task, data, key, **options):
     return pae.fit(net, state, task, data, key=jax.random.key(key), **options)[0]
 
 
+def stream(data):
+    """Return two tasks and a recipe that prunes the first of them by half, for runs that change their devices."""
+    tasks = [pae.Task(name, 2, examples) for name, examples in data.items()]
+    phase = pae.recipes.Phase(4, pae.recipes.Rate(0.05))
+    return tasks, pae.Recipe("half", phase, batch_size=16, ladder=pae.recipes.Ladder((0.5,), phase, choose="last"))
+
+
 def main(address, count, number, out):
     if count > 1:
         jax.distributed.initialize(address, count, number)
@@ -40,6 +47,11 @@ def main(address, count, number, out):
         found[f"{name}/devices"] = np.asarray(jax.device_count())
     if count == 1:
         pae.save(f"{out}.stage", trained)
+        tasks, recipe = stream({"first": first, "second": second})
+        options = {"key": jax.random.key(5), "mesh": mesh, "split_weights": True, "progress": False}
+        empty = pae.init(net, jax.random.key(0))
+        pae.save(f"{out}.empty", empty)
+        pae.learn(net, empty, tasks[0], recipe, run=pae.Run(f"{out}.run"), **options)
     np.savez(out, **found)
 
 
