@@ -85,8 +85,7 @@ class Loop:
                 for advance, steps in self._calls(step, batches, epoch, taken, judge.rate):
                     carry = advance(carry)
                     taken += steps
-                    # A bad step ends the pruning too; asking costs a wait, so only where something is released.
-                    if self.pruning and self.pruning.updates_at(taken) and int(carry.bad_step) < 0:
+                    if self.pruning and self.pruning.updates_at(taken):
                         carry = self._release(carry, taken)
                     bar.update(steps)
                 row = {"epoch": epoch + 1, "loss": float(carry.loss_sum) / max(taken - before, 1)}
@@ -171,7 +170,8 @@ class Loop:
 
     def _release(self, carry: Carry, step: int) -> Carry:
         assert self.pruning and self.room
-        shared, owner = self.room.prune(carry.shared, self.owner, self.pruning(step))
+        # A bad step ends the pruning too; the device knows, and the host does not wait for it.
+        shared, owner = self.room.prune(carry.shared, self.owner, self.pruning(step), good=carry.bad_step < 0)
         self.owner = self._placed(owner)
         return carry._replace(shared=self._placed(shared))
 

@@ -44,8 +44,13 @@ class Room:
                 raise ArgumentError(f"scope='global' counts up to 2**31 - 1 weights; there are {own[0] + free[0]}")
         self.own, self.free, self.scope, self.task_id = own, free, scope, task_id
 
-    def prune(self, shared: Tree, owner: Tree, fraction: float, of: Of = "available") -> tuple[Tree, Tree]:
-        """Release weights until the fraction is free; return shared weights and owners."""
+    def prune(
+        self, shared: Tree, owner: Tree, fraction: float, of: Of = "available", good: jax.Array | bool = True
+    ) -> tuple[Tree, Tree]:
+        """Release weights until the fraction is free; return shared weights and owners.
+
+        Where `good`, a scalar that may still be on its way, turns out false, nothing is released.
+        """
         base = self.own if of == "own" else self.own + self.free
         already = 0 if of == "own" else self.free
         targets = np.asarray([round(fraction * n) for n in base.tolist()])
@@ -53,7 +58,7 @@ class Room:
         if not wanted.any():
             return shared, owner
         self.own, self.free = self.own - wanted, self.free + wanted
-        quota = jnp.asarray(wanted, jnp.int32)
+        quota = jnp.where(good, jnp.asarray(wanted, jnp.int32), 0)
         return release_smallest(shared, owner, ownership.id_array(self.task_id), quota, self.scope)
 
 
