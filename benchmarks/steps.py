@@ -22,9 +22,9 @@ def random_batch(shape: tuple[int, ...]) -> Batch:
     return x, jnp.arange(shape[0]) % CLASSES
 
 
-def packed_state(net: pae.Net, frozen: int = 2) -> pae.State:
+def packed_state(net: pae.Net, frozen: int = 2, width: float = 1.0) -> pae.State:
     """Return a network with frozen tasks, each pruned to half its room, and the newest, "newest", in training."""
-    state = pae.init(net, jax.random.key(0))
+    state = pae.init(net, jax.random.key(0), width=width)
     for index in range(frozen):
         name = f"task {index}"
         state = pae.pack(net, state, name, head=CLASSES, key=jax.random.key(index))
@@ -36,12 +36,14 @@ class Stepper:
     """A compiled step and the arrays that it changes in place; each call takes one step.
 
     Attributes:
+      lowered: the program before XLA's optimizations, for its operations.
       compiled: the program, for its memory.
       moving: the arrays, replaced at every call.
     """
 
     def __init__(self, step: Any, moving: Any, *fixed: Any):
-        self.compiled = step.lower(moving, *fixed).compile()
+        self.lowered = step.lower(moving, *fixed)
+        self.compiled = self.lowered.compile()
         self.moving, self.fixed = moving, fixed
 
     def __call__(self) -> Any:
