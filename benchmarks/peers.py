@@ -218,8 +218,9 @@ def _batches(seed: int) -> Iterator[torch.Tensor]:
 
 
 def _avalanche(labelled: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    from avalanche import benchmarks, models  # pyright: ignore[reportMissingImports]
+    from avalanche import benchmarks  # pyright: ignore[reportMissingImports]
     from avalanche.benchmarks.utils import as_classification_dataset  # pyright: ignore[reportMissingImports]
+    from avalanche.models.packnet import PackNetModel  # pyright: ignore[reportMissingImports]
     from avalanche.training import plugins, supervised  # pyright: ignore[reportMissingImports]
 
     sets = []
@@ -228,7 +229,8 @@ def _avalanche(labelled: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         examples.targets = labels.tolist()  # where Avalanche looks for them
         sets.append(as_classification_dataset(examples))
     stream = benchmarks.task_incremental_benchmark(benchmarks.benchmark_from_datasets(train=sets))
-    model = models.PackNetModel(torch_plain_cnn())
+    stream = benchmarks.with_classes_timeline(stream)
+    model = PackNetModel(torch_plain_cnn())
     strategy = supervised.PackNet(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), RATE, MOMENTUM),
