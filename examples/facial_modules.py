@@ -13,12 +13,12 @@ Expected:  a table with the paper's numbers beside ours, and a page with picture
 Third command: what a finished network says of a picture. The enrolled face is optional.
 
 Three presets. `paper` is the published protocol, except that all choices go by validation data: identities of VGGFace2
-that never train choose the pruning ratio, LFW is only measured. `local` needs no such folders. It is reduced: 2,000
-training faces of the pack, 3 + 7 epochs, four or five rungs of 1 or 2 epochs, at the full 160 x 160 pixels. There is
-no VGGFace2, so while the face task is pruned it learns the identities of 20 people of ORL and matches the unpruned
-network's embeddings of unlabelled faces; the next 10 people choose the ratio; the last 10, on whom nothing is trained
-or chosen, are measured. New tasks start from the face task's norms there, because training is short. `tiny` has a small
-untrained network, for tests. Everything is resumable: the same command goes on where it was stopped.
+that never train choose the pruning ratio, LFW is only measured. `local` needs no such folders. It is reduced: faces of
+128 x 128 pixels, 1,200 of the pack to train on and 400 to choose by, 2 epochs of the head and 3 of the network, two or
+three rungs of one epoch, norms left as they are. There is no VGGFace2, so while the face task is pruned it learns the
+identities of 20 people of ORL and matches the unpruned network's embeddings of unlabelled faces; the next 10 people
+choose the ratio; the last 10, on whom nothing is trained or chosen, are measured. `tiny` has a small untrained network,
+for tests. Everything is resumable: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -155,6 +155,7 @@ def pruning(facts: Mapping[str, Any]) -> Picture:
         if task["goal"] is not None:
             axes.axhline(task["goal"], color="0.4", linestyle=":", label="goal")
         axes.plot([task["pruned"]], [task["val"]], marker="*", markersize=14, linestyle="none", label="chosen")
+        axes.ticklabel_format(useOffset=False)  # an offset would be printed over the title
         axes.set(title=task["task"], xlabel="freed", ylabel=f"validation {task['metric']}", xlim=(-0.02, 1))
         axes.legend(fontsize=8)
     return figure
