@@ -206,7 +206,13 @@ def ends(ladder: Ladder, climbed: Sequence[StageRecord], metric: Metric, goal: f
 
 
 def choose(
-    records: Sequence[StageRecord], ladder: Ladder, metric: Metric, goal: float | None, tolerance: float, met: bool
+    records: Sequence[StageRecord],
+    ladder: Ladder,
+    metric: Metric,
+    goal: float | None,
+    tolerance: float,
+    met: bool,
+    room_needed: bool = False,
 ) -> int:
     """Return the position of the stage to keep, among the unpruned one and the rungs climbed, smallest fraction first.
 
@@ -217,11 +223,15 @@ def choose(
       goal: value to reach; None without.
       tolerance: how much worse still counts.
       met: whether the unpruned stage reaches the goal; if not, the largest fraction is taken, to leave room.
+      room_needed: whether tasks are to come and the network cannot grow, so that the unpruned stage would end the
+        stream; the lowest rung is taken in its place.
     """
     last = len(records) - 1
     if not met or ladder.choose == "last":
         return last
+    lowest = min(int(room_needed), last)
     if ladder.choose == "best_accuracy" or goal is None:
-        scores = [metric.score(record.value) for record in records]
-        return scores.index(max(scores))  # the first on ties, as the paper's scripts do
-    return max(i for i, r in enumerate(records) if i == 0 or metric.reaches(r.value, goal, tolerance))
+        scores = [metric.score(record.value) for record in records[lowest:]]
+        return lowest + scores.index(max(scores))  # the first on ties, as the paper's scripts do
+    reaching = (i for i, r in enumerate(records) if metric.reaches(r.value, goal, tolerance))
+    return max(lowest, *reaching, 0)

@@ -113,7 +113,9 @@ class Learner:
         ladder = self.recipe.ladder
         if ladder is None or not trained.record.weights:
             return trained
-        met = self._reaches(trained)
+        met, width = self._reaches(trained), trained.record.width
+        stuck = controller.next_width(self.net, width, self.recipe.expansion) is None
+        room_needed = bool(self.upcoming) and stuck and not self.recipe.allow_empty
         stages, before, chosen = [trained], 0.0, trained
         for rung in controller.rungs(ladder, met, self.upcoming):
             below, last = stages[-1], before
@@ -126,7 +128,8 @@ class Learner:
             stages.append(stage)
             before = rung
             records = [one.record for one in stages]
-            number = controller.choose(records, ladder, self.metric, self.goal, self.recipe.tolerance, met)
+            facts = (self.metric, self.goal, self.recipe.tolerance, met, room_needed)
+            number = controller.choose(records, ladder, *facts)
             # What is chosen among all rungs is what is chosen now or comes later, so the others may be let go.
             for one in stages[:-1]:
                 if one is not stages[number]:

@@ -124,7 +124,8 @@ class Ladder:
       ramp: epochs of a rung over which its fraction rises (cubic); 0 frees it at once, before the training.
       every: steps between the releases of a ramp.
       choose: "largest_meeting_goal" takes the largest fraction whose validation metric reaches the goal,
-        "best_accuracy" the best metric, "last" the last rung climbed.
+        "best_accuracy" the best metric, "last" the last rung climbed. If that is the unpruned network, tasks are to
+        come and the network cannot grow, the lowest rung is taken: they need room.
       misses: rungs in a row below the goal that end the ladder, at least 1; None climbs it to the top.
       floor: the ladder ends at a rung whose metric on the training data is not better than this; None never.
       equal_share: one rung that leaves each task still to come as much as this one keeps, `1 - 1 / (upcoming + 1)`.

@@ -220,7 +220,8 @@ def settings_of(
     """
     older = {name: dict(find(state, name).digests or ()) for name in names(state)}
     network = {"tasks": older, "shared": _checksums(state.shared), "local": _checksums(state.local)}
-    counts_upcoming = recipe.ladder is not None and (recipe.ladder.equal_share or goal is not None)
+    ladder = recipe.ladder
+    counts_upcoming = ladder is not None and (ladder.equal_share or goal is not None or ladder.choose != "last")
     return {
         "task": title or task.name,
         "head": heads.describe(task.head),

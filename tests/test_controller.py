@@ -208,8 +208,8 @@ def test_a_value_within_the_tolerance_is_no_miss():
 # The choice
 
 
-def choose(values, goal=0.8, metric=ACCURACY, met=True, tolerance=0.0, **options):
-    return controller.choose(records(*values), ladder(**options), metric, goal, tolerance, met)
+def choose(values, goal=0.8, metric=ACCURACY, met=True, tolerance=0.0, room_needed=False, **options):
+    return controller.choose(records(*values), ladder(**options), metric, goal, tolerance, met, room_needed)
 
 
 def test_the_largest_fraction_that_meets_the_goal_is_chosen():
@@ -225,6 +225,14 @@ def test_the_best_accuracy_is_chosen_and_the_first_on_ties():
     assert choose((0.9, 0.9, 0.9), choose="best_accuracy") == 0
     assert choose((0.5, 0.6, 0.7), choose="best_accuracy", goal=None) == 2
     assert choose((math.nan, 0.2, math.nan), choose="best_accuracy") == 1
+
+
+def test_where_room_is_needed_the_unpruned_stage_is_never_chosen_if_a_rung_was_climbed():
+    assert choose((0.9, 0.7, 0.6), room_needed=True) == 1
+    assert choose((0.9, 0.7, 0.8), room_needed=True) == 2
+    assert choose((0.9, 0.5, 0.6), choose="best_accuracy", room_needed=True) == 2
+    assert choose((0.9, 0.6, 0.6), choose="best_accuracy", room_needed=True) == 1
+    assert choose((0.9,), room_needed=True) == 0
 
 
 def test_the_last_rung_is_chosen_where_the_recipe_says_so_or_the_goal_was_missed_before_pruning():
@@ -243,10 +251,11 @@ def test_of_an_error_less_is_better():
 accuracies = st.lists(st.one_of(st.integers(0, 20).map(lambda n: n / 20), st.just(math.nan)), min_size=1, max_size=11)
 
 
-@given(accuracies, st.sampled_from(["largest_meeting_goal", "best_accuracy", "last"]), st.booleans())
-def test_what_is_chosen_is_what_was_chosen_one_rung_before_or_the_newest(values, way, met):
+@given(accuracies, st.sampled_from(["largest_meeting_goal", "best_accuracy", "last"]), st.booleans(), st.booleans())
+def test_what_is_chosen_is_what_was_chosen_one_rung_before_or_the_newest(values, way, met, room_needed):
     """So only two networks need to be kept while the ladder is climbed."""
-    now, before = choose(values, choose=way, met=met), choose(values[:-1] or values, choose=way, met=met)
+    options = {"choose": way, "met": met, "room_needed": room_needed}
+    now, before = choose(values, **options), choose(values[:-1] or values, **options)
     assert now in (before, len(values) - 1)
 
 

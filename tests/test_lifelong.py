@@ -110,6 +110,19 @@ def test_a_goal_out_of_reach_is_missed_and_the_task_kept_with_room_for_the_next(
     assert (last.status, steps_of(last), last.pruned) == (pae.Status.GOAL_MISSED, ["0-trained"], 0.0)
 
 
+def test_a_goal_that_no_rung_keeps_costs_the_lowest_rung_while_tasks_are_to_come_and_the_network_is_full(learn, empty):
+    task = make_task(metric=measured_by(lambda state: 1 - pae.free_fraction(state)))
+    recipe = dataclasses.replace(PLAIN, ladder=STEPS, goal=0.9)
+    outcome = learn(empty, task, recipe, upcoming=1)
+    assert (outcome.status, steps_of(outcome)[1:]) == (pae.Status.GOAL_MISSED, ["0-pruned-0.300", "0-pruned-0.600"])
+    assert outcome.pruned == pytest.approx(0.3, abs=0.02)
+    for options in ({"upcoming": 0}, {}):
+        last = learn(empty, task, recipe, **options)
+        assert (last.status, last.pruned) == (pae.Status.GOAL_MET, 0.0)
+    grows = dataclasses.replace(recipe, expansion=Expansion(0.5, 2.0))
+    assert learn(empty, task, grows, upcoming=1).pruned == 0.0
+
+
 @pytest.fixture(scope="module")
 def full(third):
     """Three frozen tasks and no free weight."""
