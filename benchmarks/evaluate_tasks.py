@@ -1,7 +1,7 @@
 """What it costs to evaluate every task of a network, against the bare forward passes.
 
 Command:   python benchmarks/evaluate_tasks.py           (--only SmallCNN for one model)
-Expected:  evaluate / bare <= 1.1 for the convolutional models on 2 CPU cores; the second task compiles nothing;
+Expected:  evaluate / bare <= 1.15 for the convolutional models on 2 CPU cores; the second task compiles nothing;
            1 minute
 Writes:    benchmarks/results/evaluate_tasks.json
 

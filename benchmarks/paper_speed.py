@@ -1,8 +1,8 @@
 """How long the published CIFAR-100 protocol takes on this machine: steps per second, and what the hardware could do.
 
 Command:   python benchmarks/paper_speed.py
-Expected:  on 2 CPU cores about 2.5 steps per second, so two days for 20 tasks; on an H100-class GPU the aim is 15
-           minutes; 2 minutes
+Expected:  on 2 CPU cores about 1.7 steps per second, half of the roofline, so three days for 20 tasks; on an H100-class
+           GPU the aim is 15 minutes; 4 minutes
 Writes:    benchmarks/results/paper_speed.json
 
 The setting is that of `examples/cifar100_20tasks.py --preset paper`: VGG16 with two dense layers of 4096 (34 million
