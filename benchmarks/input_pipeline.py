@@ -19,7 +19,6 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import steps
 
@@ -40,9 +39,7 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> d
     net = pae.linen(model, jnp.zeros((1, *image)))
     state = steps.packed_state(net, frozen=1)
     tx = optax.sgd(1e-3, momentum=0.9)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(batch * batches, *image)).astype(np.float32)
-    y = rng.integers(0, steps.CLASSES, len(x)).astype(np.int32)
+    x, y = steps.random_examples(batch * batches, image)
     _, logits = heads.layout(net, steps.CLASSES, state.width)
     step = steps.packed_step(net, state, tx, (jnp.asarray(x[:batch]), jnp.asarray(y[:batch])))
 

@@ -28,7 +28,6 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import steps
 
@@ -40,19 +39,13 @@ BATCH, TRAIN, VAL = 64, 1920, 512
 LADDER = (0.4, 0.6)
 
 
-def examples(count: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return random inputs and labels."""
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(count, *shape)).astype(np.float32), rng.integers(0, steps.CLASSES, count).astype(np.int32)
-
-
 def cost(repeats: int) -> dict[str, Any]:
     """Return times of learning a task in each way."""
     shape = (32, 32, 3)
     net = pae.linen(functools.partial(pae.models.SmallCNN, stem=2), jnp.zeros((1, *shape)))
     state = steps.packed_state(net, frozen=1)
     start = pae.drop(state, "newest")
-    train, val = examples(TRAIN, shape, 0), examples(VAL, shape, 1)
+    train, val = steps.random_examples(TRAIN, shape), steps.random_examples(VAL, shape, 1)
     own, rung = Phase(8, Rate(1e-3), Sgd()), Phase(4, Rate(1e-3), Sgd())
     ladder = Ladder(LADDER, rung, ramp=1.0, choose="last")
     recipe = Recipe("two rungs", own, BATCH, ladder=ladder)
@@ -109,7 +102,8 @@ def compilations(recipe: Recipe, tasks: int = 5) -> dict[str, Any]:
             return super().__call__(x, train)
 
     net = pae.linen(Counted, jnp.zeros((1, 8)))
-    stream = [pae.Task(f"{i}", steps.CLASSES, examples(128, (8,), i), examples(64, (8,), 9)) for i in range(tasks)]
+    val = steps.random_examples(64, (8,), 9)
+    stream = [pae.Task(f"{i}", steps.CLASSES, steps.random_examples(128, (8,), i), val) for i in range(tasks)]
     key = jax.random.key(0)
     first = pae.learn_all(net, pae.init(net, key), stream[:2], recipe, key=key, progress=False)
     known = dict(traced)

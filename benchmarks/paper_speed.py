@@ -21,7 +21,6 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import steps
 
@@ -44,11 +43,7 @@ def measure(width: float, repeats: int, epochs: int) -> dict[str, Any]:
     shape = (32, 32, 3)
     net = pae.linen(pae.models.VGG16, jnp.zeros((1, *shape)))
     state = steps.packed_state(net, width=width)
-    rng = np.random.default_rng(0)
-    data = (
-        rng.normal(size=(IMAGES, *shape)).astype(np.float32),
-        rng.integers(0, steps.CLASSES, IMAGES).astype(np.int32),
-    )
+    data = steps.random_examples(IMAGES, shape)
     tx = optax.sgd(1e-3, momentum=0.9, nesterov=True)
     options: Any = {"optimizer": tx, "epochs": epochs, "batch_size": BATCH, "augment": pae.data.crop_and_flip(4)}
 

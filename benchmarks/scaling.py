@@ -43,11 +43,7 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> d
     batch, *inputs = shape
     net = pae.linen(model, jnp.zeros((1, *inputs)))
     state = steps.packed_state(net)
-    rng = np.random.default_rng(0)
-    data = (
-        rng.normal(size=(batch * batches, *inputs)).astype(np.float32),
-        rng.integers(0, steps.CLASSES, batch * batches).astype(np.int32),
-    )
+    data = steps.random_examples(batch * batches, inputs)
     tx = optax.sgd(1e-3, momentum=0.9)
 
     def fit(**devices: Any) -> pae.State:

@@ -22,6 +22,12 @@ def random_batch(shape: tuple[int, ...]) -> Batch:
     return x, jnp.arange(shape[0]) % CLASSES
 
 
+def random_examples(count: int, shape: tuple[int, ...] | list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 inputs and random labels below `CLASSES`, as a user's arrays on the host."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, *shape)).astype(np.float32), rng.integers(0, CLASSES, count).astype(np.int32)
+
+
 def packed_state(net: pae.Net, frozen: int = 2, width: float = 1.0) -> pae.State:
     """Return a network with frozen tasks, each pruned to half its room, and the newest, "newest", in training."""
     state = pae.init(net, jax.random.key(0), width=width)
