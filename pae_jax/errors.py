@@ -70,11 +70,12 @@ class DataError(PaeError, ValueError):
 
 
 class DivergedError(PaeError, ArithmeticError):
-    """Training met a loss or weights that are not finite and stopped.
+    """Training met a loss, gradients or updates that are not finite and stopped.
 
     Attributes:
-      step: 0-based training step, counted from the start of this `fit`, whose loss or result was not finite.
-      state: the state after the last good step; nothing of the bad step is in it.
+      step: 0-based training step, counted from the start of this `fit`, where that happened.
+      state: the state after the last good step, all finite. If the loss and its gradient by the network's outputs were
+        finite and only what followed from them was not, each weight whose own result was finite has taken that step.
       history: the `History` up to that step.
     """
 
@@ -83,7 +84,7 @@ class DivergedError(PaeError, ArithmeticError):
         self.state = state
         self.history = history
         super().__init__(
-            f"task {task!r}: the loss, or the weights it led to, became NaN or infinite at step {step}; training "
+            f"task {task!r}: the loss, its gradients or their updates became NaN or infinite at step {step}; training "
             "stopped. "
             "The state after the last good step is this error's `.state`. "
             "A smaller learning rate, gradient clipping or a look at the data of that step may help."

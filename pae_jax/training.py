@@ -199,7 +199,7 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
         if rule.augment is not None:
             x = rule.augment(keys[2], x)
 
-        def objective(params: dict[str, Tree], pick: Tree | None) -> tuple[jax.Array, tuple[Tree, Tree]]:
+        def outputs(params: dict[str, Tree], pick: Tree | None = carry.pick) -> tuple[Any, tuple[Tree, Tree]]:
             shared = params.get("shared", carry.shared)
             if masked:
                 factors = entry.picking.straight_through(pick) if entry.picking and pick is not None else None
@@ -207,41 +207,52 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
             out, local = features(shared, _with_params(carry.local, params.get("local")), x, keys[0])
             head = _with_params(carry.head, params.get("head"))
             logits, head = output.apply(head, out, "head" in rule.parts, keys[1])
-            return jnp.mean(rule.loss(logits, y)).astype(jnp.float32), (local, head)
+            return logits, (local, head)
 
-        wanted = (0, 1) if pick_tx is not None else 0
-        (value, (local, head)), grads = jax.value_and_grad(objective, wanted, has_aux=True)(params, carry.pick)
-        grads, pick_grads = grads if pick_tx is not None else (grads, None)
+        def mean_loss(logits: Any) -> jax.Array:
+            return jnp.mean(rule.loss(logits, y)).astype(jnp.float32)
+
+        wanted = (params,) if pick_tx is None else (params, carry.pick)
+        logits, pull_back, (local, head) = jax.vjp(outputs, *wanted, has_aux=True)
+        value, slope = jax.value_and_grad(mean_loss)(logits)
+        # Known before any weight's gradient is: a check of those would keep all of them in memory until the last.
+        finite = all_finite((value, slope, local, head))
+        good = finite & (carry.bad_step < 0)
+        grads, *pick_grads = pull_back(slope)
         mine = ownership.owned(owner, task_id)
         grads = own_part(grads, mine)
         extra = {"value": value, "grad": grads}
         updates, opt_state = tx.update(grads, carry.opt_state.weights, own_part(params, mine), **extra)
-        new: Any = optax.apply_updates(params, _scaled(updates, rates[0]))
+        updates: Any = _scaled(updates, rates[0])
+        # Checking the updates of shared weights would keep them in memory; their gradients are there anyway.
+        finite = finite & all_finite({**updates, "shared": grads.get("shared", {})})
+        new: Any = optax.apply_updates(params, updates)
         pick, pick_state = carry.pick, carry.opt_state.pick
         if pick_tx is not None:
             old = older(owner, task_id)
-            seen = ownership.select(old, pick)
+            pick_grads, seen = ownership.select(old, pick_grads[0]), ownership.select(old, pick)
             extra = {"value": value, "grad": pick_grads}
-            updates, pick_state = pick_tx.update(ownership.select(old, pick_grads), pick_state, seen, **extra)
-            pick = optax.apply_updates(seen, _scaled(updates, rates[1]))
-            pick = jax.tree.map(lambda m, n, before: jnp.where(m, n, before), old, pick, carry.pick)
+            updates, pick_state = pick_tx.update(pick_grads, pick_state, seen, **extra)
+            scores = ownership.select(old, optax.apply_updates(seen, _scaled(updates, rates[1])))
+            finite = finite & all_finite(scores)
+            pick = jax.tree.map(lambda m, n, before: _gated(m & good, n, before), old, scores, pick)
 
         # Whatever the optimizer made of frozen weights (momentum, decay, Adam's epsilon), the values stay: the gate
-        # is on the result, not on the gradient. After a bad step nothing moves any more.
-        finite = jnp.isfinite(value) & all_finite((own_part(new, mine), local, head, pick))
-        good = finite & (carry.bad_step < 0)
+        # is on the result, not on the gradient. A result that is not finite is not taken, and after a bad step nothing
+        # moves any more.
         shared = carry.shared
         if "shared" in new:
-            shared = jax.tree.map(lambda m, n, old: jnp.where(m & good, n, old), mine, new["shared"], shared)
+            shared = jax.tree.map(lambda m, n, old: _gated(m & good, n, old), mine, new["shared"], shared)
         rest = (
             {**carry.local, **local, **_params(carry.local, new.get("local"))},
             {**carry.head, **head, **_params(carry.head, new.get("head"))},
-            pick,
         )
-        kept = jax.tree.map(lambda n, old: jnp.where(good, n, old), rest, (carry.local, carry.head, carry.pick))
+        local, head = jax.tree.map(lambda n, old: _gated(good, n, old), rest, (carry.local, carry.head))
         return Carry(
             shared,
-            *kept,
+            local,
+            head,
+            pick,
             opt_state=OptStates(opt_state, pick_state),
             step=carry.step + 1,
             bad_step=jnp.where(finite | (carry.bad_step >= 0), carry.bad_step, carry.step),
@@ -255,13 +266,18 @@ def _scaled(updates: Tree, rate: jax.Array) -> Tree:
     return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
 
 
+def _gated(gate: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(gate & jnp.isfinite(new), new, old)
+
+
 def all_finite(tree: Tree) -> jax.Array:
     """Say whether every entry of every leaf is finite; a bool scalar.
 
     NaN and infinity survive a sum, and a sum is the cheapest pass over memory there is. A finite tree whose float32
     sum overflows counts as not finite.
     """
-    return jnp.isfinite(jnp.stack([jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]).sum())
+    sums = [jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]
+    return jnp.isfinite(jnp.stack([jnp.zeros((), jnp.float32), *sums]).sum())
 
 
 def _params(variables: Tree, params: Tree | None) -> dict[str, Tree]:

@@ -16,6 +16,8 @@ import pae_jax as pae
 from pae_jax.trees import describe, flatten
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling with few optimizations is twice as fast. Set here, since session fixtures come before those of modules.
+jax.config.update("jax_disable_most_optimizations", True)
 
 _COMPILED: list[str] = []
 
@@ -52,14 +54,14 @@ def _bits(leaf):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(request):
-    """Compile with few optimizations, twice as fast, except in the folders below, which share no network with others.
+def all_optimizations_below(request):
+    """Compile with all optimizations in the folders below, which share no network with the modules here.
 
     Programs compiled one way and the other differ in bits, so all that use the networks below compile one way.
     """
     jax.config.update("jax_disable_most_optimizations", request.path.parent == Path(__file__).parent)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -202,6 +202,36 @@ def test_local_variables_that_become_nan_are_no_good_step_either(data, quick_fit
     assert caught.value.step == 0
 
 
+class Norm(nn.Module):
+    """A model whose outputs are finite everywhere; its first kernel's gradient is NaN where an input is 0."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        length = jnp.sqrt(jnp.sum(nn.Dense(4, use_bias=False)(x) ** 2, axis=-1, keepdims=True))
+        return nn.Dense(4)(x) + length
+
+
+def test_a_gradient_that_breaks_inside_the_network_stops_with_finite_weights_and_no_change_of_frozen_ones(
+    data, quick_fit, assert_same
+):
+    net = pae.linen(Norm, jnp.zeros((1, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    state = pae.freeze(pae.prune(state, "a", 0.5), "a")
+    state = pae.pack(net, state, "b", head=2, key=jax.random.key(2))
+    batches = [(data[0][:8], data[1][:8])] * 2
+    broken = (np.where(np.arange(8)[:, None] == 5, 0.0, data[0][:8]).astype(np.float32), data[1][:8])
+    tx = optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(pae.DivergedError, match="at step 2;") as caught:
+        quick_fit(state, "b", [*batches, broken, *batches], optimizer=tx, epochs=1, net=net)
+    found = caught.value.state
+    good, _ = quick_fit(state, "b", batches, optimizer=tx, epochs=1, net=net)
+    assert_same(found.shared["Dense_0"], good.shared["Dense_0"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found.shared, found.tasks)))
+    pae.verify(found)
+
+
 def test_the_default_loss_is_the_cross_entropy_of_integer_labels_in_float32():
     logits = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     labels = np.array([0, 1, 2, 1, 0], np.uint8)
