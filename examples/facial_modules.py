@@ -14,11 +14,11 @@ Third command: what a finished network says of a picture. The enrolled face is o
 
 Three presets. `paper` is the published protocol, except that all choices go by validation data: identities of VGGFace2
 that never train choose the pruning ratio, LFW is only measured. `local` needs no such folders. It is reduced: faces of
-128 x 128 pixels, 1,200 of the pack to train on and 400 to choose by, 2 epochs of the head and 3 of the network, two or
-three rungs of one epoch, norms left as they are. There is no VGGFace2, so while the face task is pruned it learns the
-identities of 20 people of ORL and matches the unpruned network's embeddings of unlabelled faces; the next 10 people
-choose the ratio; the last 10, on whom nothing is trained or chosen, are measured. `tiny` has a small untrained network,
-for tests. Everything is resumable: the same command goes on where it was stopped.
+128 x 128 pixels, 1,200 of the pack to train on, 2 epochs of the head and 3 of the network, three rungs of one epoch for
+the face task and two of two for the others, norms left as they are. There is no VGGFace2, so while the face task is
+pruned it learns the identities of 20 people of ORL and matches the unpruned network's embeddings of unlabelled faces;
+the next 10 people choose the ratio; the last 10, on whom nothing is trained or chosen, are measured. `tiny` has a small
+untrained network, for tests. Everything is resumable: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations

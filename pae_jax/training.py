@@ -216,7 +216,7 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
         logits, pull_back, (local, head) = jax.vjp(outputs, *wanted, has_aux=True)
         value, slope = jax.value_and_grad(mean_loss)(logits)
         # Known before any weight's gradient is: a check of those would keep all of them in memory until the last.
-        finite = all_finite((value, slope, local, head))
+        finite = all_finite((value, slope, local, head, rates))
         good = finite & (carry.bad_step < 0)
         grads, *pick_grads = pull_back(slope)
         mine = ownership.owned(owner, task_id)

@@ -395,7 +395,7 @@ def test_people_who_retrain_choose_and_are_measured_are_different(script, inputs
 
 def test_local_and_paper_are_what_they_say(script):
     local, paper = script.PRESETS["local"](), script.PRESETS["paper"]()
-    assert (local.size, local.faces, local.people) == (128, (1200, 400, None), (20, 10))
+    assert (local.size, local.faces, local.people) == (128, (1200, None, None), (20, 10))
     assert (local.own.head_first.epochs, paper.own.head_first.epochs) == (2, 3)
     assert paper.recipe.first.ladder.rungs == tuple(n / 10 for n in range(1, 10))
     assert paper.recipe.batch_size == 90

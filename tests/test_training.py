@@ -181,6 +181,17 @@ def test_an_update_that_is_not_finite_is_no_good_step_either(third, quick_fit, d
         )
 
 
+def test_a_rate_that_is_not_finite_is_no_good_step_whatever_is_trained(third, quick_fit, data, state_facts):
+    def rate(step):
+        return np.nan if step == 2 else 1.0
+
+    options = {"optimizer": optax.sgd(0.01), "epochs": 1, "parts": ("shared",), "loss": loss_that_breaks_at(-1)}
+    with pytest.raises(pae.DivergedError, match="at step 2;") as caught:
+        quick_fit(third, "c", numbered(data, 4), rate=rate, **options)
+    good, _ = quick_fit(third, "c", numbered(data, 2), **options)
+    assert state_facts(caught.value.state) == state_facts(good)
+
+
 class NanStatistics(nn.Module):
     """A model that writes NaN into its statistics while its loss stays finite."""
 
