@@ -224,8 +224,11 @@ def _make_train_step(net: Net, entry: TaskState, rule: Rule, masked: bool) -> Tr
         extra = {"value": value, "grad": grads}
         updates, opt_state = tx.update(grads, carry.opt_state.weights, own_part(params, mine), **extra)
         updates: Any = _scaled(updates, rates[0])
-        # Checking the updates of shared weights would keep them in memory; their gradients are there anyway.
-        finite = finite & all_finite({**updates, "shared": grads.get("shared", {})})
+        # Checking the updates of shared weights would keep them in memory, while their gradients are there anyway. What
+        # the optimizer does to them it does to the head and to local variables too, if those are trained.
+        alone = rule.parts == ("shared",)
+        watched = own_part(updates, mine) if alone else {**updates, "shared": grads.get("shared", {})}
+        finite = finite & all_finite(watched)
         new: Any = optax.apply_updates(params, updates)
         pick, pick_state = carry.pick, carry.opt_state.pick
         if pick_tx is not None:

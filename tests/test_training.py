@@ -168,13 +168,15 @@ def test_nothing_is_pruned_after_a_step_that_was_not_finite(third, quick_fit, da
     assert state_facts(caught.value.state) == state_facts(good)
 
 
+@pytest.mark.parametrize("parts", [("shared", "local", "head"), ("shared",), ("head",)])
 @pytest.mark.parametrize("steps", [1, 3], ids=["in the last step", "in a step before the last"])
-def test_an_update_that_is_not_finite_is_no_good_step_either(third, quick_fit, data, steps):
+def test_an_update_that_is_not_finite_is_no_good_step_either(third, quick_fit, data, steps, parts):
     """The loss and its gradient are finite; the learning rate, infinite, is what breaks the weights."""
     tx = optax.sgd(lambda count: jnp.where(count < steps - 1, 0.01, jnp.inf))
     for more in (0, 2):
         with pytest.raises(pae.DivergedError) as caught:
-            quick_fit(third, "c", numbered(data, steps + more), optimizer=tx, epochs=1, loss=loss_that_breaks_at(-1))
+            batches, loss = numbered(data, steps + more), loss_that_breaks_at(-1)
+            quick_fit(third, "c", batches, optimizer=tx, epochs=1, loss=loss, parts=parts)
         assert caught.value.step == steps - 1
         assert all(
             np.isfinite(leaf).all() for leaf in jax.tree.leaves((caught.value.state.shared, caught.value.state.tasks))
