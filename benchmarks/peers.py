@@ -2,7 +2,7 @@
 
 Command:   python benchmarks/peers.py                    (--only step, or --only tasks, for one case)
 Needs:     pip install torch; for the second case also avalanche-lib, whose PackNet is left out where it is missing
-Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked 1.1, for
+Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked <= 1.1, for
            a small network; 3 minutes on 2 CPU cores
 Writes:    benchmarks/results/peers.json
 
