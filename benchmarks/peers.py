@@ -2,8 +2,8 @@
 
 Command:   python benchmarks/peers.py                    (--only step, or --only tasks, for one case)
 Needs:     pip install torch; for the second case also avalanche-lib, whose PackNet is left out where it is missing
-Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked <= 1.1, for
-           a small network; 3 minutes on 2 CPU cores
+Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked <= 1.1,
+           for a small network; 3 minutes on 2 CPU cores
 Writes:    benchmarks/results/peers.json
 
 "one step" is VGG16 with batch norm and two dense layers of 4096 on 32x32 images, batch 32, SGD with momentum. "torch
