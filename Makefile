@@ -4,13 +4,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test quick fuzz lint types check clean
 
 demo: .venv/demo.installed
 	$(BIN)/python examples/enrol_faces.py --out runs/enrol_faces --resume
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -n auto
+
+# The laws, the core and the widening engine, in two minutes.
+quick: .venv/test.installed
+	$(BIN)/python -m pytest -n auto tests/core tests/widening tests/test_layers.py
+
+# The property tests with examples drawn anew, five times.
+fuzz: .venv/test.installed
+	for round in 1 2 3 4 5; do HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n auto -m hypothesis tests || exit 1; done
 
 lint: .venv/dev.installed
 	$(BIN)/ruff check .

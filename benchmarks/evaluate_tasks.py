@@ -20,11 +20,13 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import steps
 
 import pae_jax as pae
-from pae_jax import ownership, training
+from pae_jax.core import ownership
+from pae_jax.trees import merge
 
-CLASSES = 5
+CLASSES = steps.CLASSES
 # Model, shape of a batch, batches, tasks.
 CASES: dict[str, tuple[Any, tuple[int, ...], int, int]] = {
     "MLP 16, 8 tasks of 20 batches of 256": (pae.models.MLP, (256, 16), 20, 8),
@@ -59,15 +61,15 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, tasks: int, repeat
             pae.evaluate(net, state, name, (x, y), batch_size=batch)
 
     entries = list(state.tasks.values())
-    weights = [ownership.task_weights(state, entry) for entry in entries]
-    step = training.eval_step(net, state.width, CLASSES, training.softmax_cross_entropy)
+    variables = [merge(ownership.task_weights(state, entry), entry.local) for entry in entries]
+    step = steps.eval_step(net, state.width, (x[:batch], y[:batch]))
     ones = jnp.ones(batch, jnp.float32)
     cuts = [slice(start, start + batch) for start in range(0, len(x), batch)]
     pieces = [(jnp.asarray(x[cut]), jnp.asarray(y[cut]), ones) for cut in cuts]
 
     def bare() -> None:
-        for entry, own in zip(entries, weights, strict=True):
-            jax.block_until_ready([step(own, entry.local, entry.head, *piece) for piece in pieces])
+        for entry, own in zip(entries, variables, strict=True):
+            jax.block_until_ready([step(own, entry.head, *piece) for piece in pieces])
 
     def evaluate() -> None:
         for name in names:

@@ -23,7 +23,8 @@ import optax
 import steps
 
 import pae_jax as pae
-from pae_jax import batching, heads
+from pae_jax.training.batches import feed as fed
+from pae_jax.training.batches import form
 
 # Model, shape of a batch, batches per epoch.
 CASES: dict[str, tuple[Any, tuple[int, ...], int]] = {
@@ -40,7 +41,7 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> d
     state = steps.packed_state(net, frozen=1)
     tx = optax.sgd(1e-3, momentum=0.9)
     x, y = steps.random_examples(batch * batches, image)
-    _, logits = heads.layout(net, steps.CLASSES, state.width)
+    task_form = form(net, state.width, steps.CLASSES, classes=True)
     step = steps.packed_step(net, state, tx, (jnp.asarray(x[:batch]), jnp.asarray(y[:batch])))
 
     def bare() -> Any:
@@ -49,12 +50,12 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> d
         return step.moving
 
     def feed() -> Any:
-        source = batching.feed(net, (x, y), logits, batch, class_labels=True)
+        source = fed((x, y), task_form, batch)
         return [jax.device_put(piece) for piece in source.epoch(0, jax.random.key(0))]
 
     def fit(augment: Any = None) -> Any:
         key = jax.random.key(0)
-        once: dict[str, Any] = {"epochs": 1, "batch_size": batch, "augment": augment, "progress": False}
+        once: dict[str, Any] = {"epochs": 1, "batch_size": batch, "augment": augment}
         return pae.fit(net, state, "newest", (x, y), optimizer=tx, key=key, **once)[0].shared
 
     ways: dict[str, harness.Way] = {"bare": bare, "feed": feed, "fit": fit}

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pae_jax as pae
-from pae_jax.recipes import Expansion, Ladder, Phase, Rate, Recipe
+from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
 
 POLL = 0.003
 LONGEST_WRITE = 0.06
@@ -71,7 +71,7 @@ def recipe() -> Recipe:
         tolerance=0.1,
         expansion=Expansion(0.5, 1.5),
         sharing="picked",
-        norm_init="inherit",
+        local_init="newest",
     )
 
 
@@ -80,7 +80,7 @@ def work(folder: Path) -> None:
     given = tasks()
     net = pae.linen(lambda width: pae.models.MLP(width, (64, 32)), jnp.zeros((1, given[0].train[0].shape[1])))
     state = pae.init(net, jax.random.key(0))
-    pae.learn_all(net, state, given, recipe(), key=jax.random.key(1), run=pae.Run(folder), progress=False)
+    pae.learn_all(net, state, given, recipe(), key=jax.random.key(1), run=pae.Run(folder))
 
 
 def facts(folder: Path) -> dict[str, Any]:

@@ -32,8 +32,9 @@ import optax
 import steps
 
 import pae_jax as pae
-from pae_jax import ownership, training
-from pae_jax.recipes import Expansion, Ladder, Phase, Rate, Recipe, Sgd
+from pae_jax.core import ownership
+from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe, Sgd
+from pae_jax.trees import merge
 
 BATCH, TRAIN, VAL = 64, 1920, 512
 LADDER = (0.4, 0.6)
@@ -50,21 +51,21 @@ def cost(repeats: int) -> dict[str, Any]:
     ladder = Ladder(LADDER, rung, ramp=1.0, choose="last")
     recipe = Recipe("two rungs", own, BATCH, ladder=ladder)
     task, key = pae.Task("new", steps.CLASSES, train, val), jax.random.key(3)
-    tx = Sgd().transformation()
+    tx = optax.chain(Sgd().transformation(), optax.scale(1e-3))
 
     def by_hand() -> Any:
         now = pae.pack(net, start, "new", head=steps.CLASSES, key=key)
-        options: Any = {"optimizer": tx, "batch_size": BATCH, "val": val, "key": key, "keep": "best", "progress": False}
-        now, _ = pae.fit(net, now, "new", train, epochs=own.epochs, rate=1e-3, **options)
+        options: Any = {"optimizer": tx, "batch_size": BATCH, "val": val, "key": key, "keep": "best"}
+        now, _ = pae.fit(net, now, "new", train, epochs=own.epochs, **options)
         before = 0.0
         for fraction in LADDER:
             schedule = pae.CubicSchedule(final=fraction, end=TRAIN // BATCH, initial=before, every=ladder.every)
-            now, _ = pae.fit(net, now, "new", train, epochs=rung.epochs, rate=1e-3, pruning=schedule, **options)
+            now, _ = pae.fit(net, now, "new", train, epochs=rung.epochs, pruning=schedule, **options)
             before = fraction
         return pae.freeze(now, "new").shared
 
     def learn(run: pae.Run | None = None) -> Any:
-        return pae.learn(net, start, task, recipe, key=key, run=run, progress=False).state.shared
+        return pae.learn(net, start, task, recipe, key=key, run=run).state.shared
 
     def learn_on_disk() -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +74,9 @@ def cost(repeats: int) -> dict[str, Any]:
     epochs = own.epochs + len(LADDER) * rung.epochs
     step = steps.packed_step(net, state, optax.sgd(1e-3, momentum=0.9), steps.random_batch((BATCH, *shape)))
     entry = state.tasks["newest"]
-    judge = training.eval_step(net, state.width, steps.CLASSES, training.softmax_cross_entropy)
-    piece = (ownership.task_weights(state, entry), entry.local, entry.head, *steps.random_batch((256, *shape)))
+    batch = steps.random_batch((256, *shape))
+    judge = steps.eval_step(net, state.width, batch)
+    piece = (merge(ownership.task_weights(state, entry), entry.local), entry.head, *batch)
     ones = jnp.ones(256)
 
     def bare() -> Any:
@@ -105,10 +107,10 @@ def compilations(recipe: Recipe, tasks: int = 5) -> dict[str, Any]:
     val = steps.random_examples(64, (8,), 9)
     stream = [pae.Task(f"{i}", steps.CLASSES, steps.random_examples(128, (8,), i), val) for i in range(tasks)]
     key = jax.random.key(0)
-    first = pae.learn_all(net, pae.init(net, key), stream[:2], recipe, key=key, progress=False)
+    first = pae.learn_all(net, pae.init(net, key), stream[:2], recipe, key=key)
     known = dict(traced)
     with harness.compilations() as later:
-        pae.learn_all(net, first.state, stream[2:], recipe, key=key, progress=False)
+        pae.learn_all(net, first.state, stream[2:], recipe, key=key)
     new = {name: count - known.get(name, 0) for name, count in traced.items() if count > known.get(name, 0)}
     return {"traces of the first two tasks": known, "traces of the others": new, "programs of the others": later.count}
 

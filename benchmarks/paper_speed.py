@@ -48,7 +48,7 @@ def measure(width: float, repeats: int, epochs: int) -> dict[str, Any]:
     options: Any = {"optimizer": tx, "epochs": epochs, "batch_size": BATCH, "augment": pae.data.crop_and_flip(4)}
 
     def fit() -> Any:
-        return pae.fit(net, state, "newest", data, key=jax.random.key(0), progress=False, **options)[0].shared
+        return pae.fit(net, state, "newest", data, key=jax.random.key(0), **options)[0].shared
 
     seconds = statistics.median(harness.in_turn({"fit": fit}, repeats, 1)["fit"])
     rate = epochs * (IMAGES // BATCH) / seconds

@@ -182,7 +182,7 @@ def two_tasks(repeats: int) -> dict[str, Any]:
         state = pae.init(net, jax.random.key(0))
         for number, data in enumerate(tasks):
             name, key = str(number), jax.random.key(number)
-            options: Any = {"optimizer": tx, "epochs": EPOCHS, "batch_size": BATCH, "key": key, "progress": False}
+            options: Any = {"optimizer": tx, "epochs": EPOCHS, "batch_size": BATCH, "key": key}
             state = pae.pack(net, state, name, head=steps.CLASSES, key=key)
             state = pae.prune(pae.fit(net, state, name, data, **options)[0], name, 0.5)
             state = pae.freeze(pae.fit(net, state, name, data, **options)[0], name)

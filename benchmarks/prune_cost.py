@@ -25,8 +25,8 @@ import optax
 import steps
 
 import pae_jax as pae
-from pae_jax import ownership
-from pae_jax.pruning import release_smallest
+from pae_jax.core import ownership
+from pae_jax.core.pruning import release_smallest
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "SmallCNN 112x92x1, batch 25": (pae.models.SmallCNN, (25, 112, 92, 1)),

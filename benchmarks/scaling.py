@@ -46,15 +46,15 @@ def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> d
     data = steps.random_examples(batch * batches, inputs)
     tx = optax.sgd(1e-3, momentum=0.9)
 
-    def fit(**devices: Any) -> pae.State:
-        options: Any = {"optimizer": tx, "epochs": 1, "batch_size": batch, "progress": False, **devices}
+    def fit(devices: pae.Devices | None = None) -> pae.State:
+        options: Any = {"optimizer": tx, "epochs": 1, "batch_size": batch, "devices": devices}
         return pae.fit(net, state, "newest", data, key=jax.random.key(0), **options)[0]
 
     ways: dict[str, Callable[[], pae.State]] = {"1": fit}
     for count in (2**n for n in range(1, len(jax.devices()).bit_length())):
         mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
-        ways[f"{count}, batch"] = functools.partial(fit, mesh=mesh)
-        ways[f"{count}, batch and weights"] = functools.partial(fit, mesh=mesh, split_weights=True)
+        ways[f"{count}, batch"] = functools.partial(fit, pae.Devices(mesh))
+        ways[f"{count}, batch and weights"] = functools.partial(fit, pae.Devices(mesh, split_weights=True))
     reference = ways["1"]()
     results = {name: _compared(way(), reference, state) for name, way in ways.items() if name != "1"}
     timed = {name: functools.partial(_arrays, way) for name, way in ways.items()}

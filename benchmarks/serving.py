@@ -32,8 +32,10 @@ import numpy as np
 import optax
 
 import pae_jax as pae
-from pae_jax import data, ownership, training
-from pae_jax.serving import Server
+from pae_jax import data
+from pae_jax.core import ownership
+from pae_jax.nets.forward import apply_task
+from pae_jax.serving.server import Server
 
 TASKS, CLASSES = 8, 5
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -94,7 +96,7 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
 
     entries = [state.tasks[task] for task in fast.tasks]
     operands = [(ownership.task_weights(state, entry), entry.local, entry.head) for entry in entries]
-    apply = training.apply_task(net, 1.0, CLASSES)
+    apply = apply_task(net, 1.0, CLASSES)
     turns = {name: itertools.cycle(range(TASKS)) for name in ("bare", "weights", "masks", "predict")}
     one = {
         "bare": lambda: apply(*operands[next(turns["bare"])], x),
@@ -139,7 +141,7 @@ def learn_faces(epochs: int) -> tuple[Server, list[data.FaceGroup]]:
     for index, group in enumerate(groups):
         key = jax.random.fold_in(jax.random.key(0), index)
         images = data.augmented(group.train)
-        options = {"batch_size": 25, "key": key, "progress": False}
+        options = {"batch_size": 25, "key": key}
         state = pae.pack(net, state, group.name, head=CLASSES, key=key)
         state, _ = pae.fit(net, state, group.name, images, optimizer=optimizer, epochs=epochs, **options)
         schedule = pae.CubicSchedule(final=0.8, end=steps // 4)

@@ -1,7 +1,8 @@
-"""The train steps that the benchmarks compare: packed, as `pae.fit` runs it, and plain, as one writes it without us."""
+"""The steps that the benchmarks compare: as `pae.fit` runs it, in a user's own loop, and plain, written without us."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,10 @@ import numpy as np
 import optax
 
 import pae_jax as pae
-from pae_jax import heads, ownership, training, trees
+from pae_jax import trees
+from pae_jax.nets import heads
+from pae_jax.training import batches, losses
+from pae_jax.training import steps as programs
 
 CLASSES = 5
 Batch = tuple[jax.Array, jax.Array]
@@ -60,16 +64,29 @@ class Stepper:
 
 def packed_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation, batch: Batch) -> Stepper:
     """Return the step of the newest task as `pae.fit` compiles it. The only place here that knows its operands."""
-    entry = state.tasks["newest"]
-    rule = training.Rule(tx, training.softmax_cross_entropy)
-    task_id = ownership.id_array(entry.id)
-    shared, local, head, pick = jax.tree.map(jnp.copy, (state.shared, entry.local, entry.head, entry.pick))
-    opt_state = training.optimizer_init(net, rule)(shared, local, head, pick, state.owner, task_id)
-    zero = jnp.zeros((), jnp.int32)
-    carry = training.Carry(shared, local, head, pick, opt_state, zero, zero - 1, jnp.zeros((), jnp.float32))
-    rates = jnp.ones(2, jnp.float32)
-    step = training.train_step(net, entry, rule)
-    return Stepper(step, carry, state.owner, task_id, jax.random.key(0), rates, *batch)
+    ts = pae.TrainState.create(net, state, "newest", tx=tx, key=jax.random.key(0))
+    objective = losses.objective(None, "example", None)
+    shapes, seen = _abstract(net, state.width, batch)
+    key = programs.key_of(trees.abstract(ts), objective, None, shapes, seen)
+    step = programs.train_step(key, objective, None)
+    return Stepper(step, programs.start(ts, objective), np.ones(2, np.float32), *batch)
+
+
+def user_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation, batch: Batch) -> Stepper:
+    """Return the step of the newest task in a loop of one's own: `pae.TrainState`, public names, donated buffers."""
+
+    def step(moving: Any, x: jax.Array, y: jax.Array) -> Any:
+        ts, _ = moving
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            out, updates = ts.apply_fn(params, x, train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), updates
+
+        (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(ts.params)
+        return ts.apply_gradients(grads=grads, updates=updates), value
+
+    ts = pae.TrainState.create(net, state, "newest", tx=tx, key=jax.random.key(0))
+    return Stepper(jax.jit(step, donate_argnums=0), (ts, jnp.zeros((), jnp.float32)), *batch)
 
 
 def plain_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation, batch: Batch) -> Stepper:
@@ -84,7 +101,7 @@ def plain_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation,
             variables = {**collections, "params": params["backbone"]}
             features, updates = backbone.apply(variables, x, True, key)
             logits, _ = output.apply({"params": params["head"]}, features, True, key)
-            return training.softmax_cross_entropy(logits, y).mean(), updates
+            return losses.softmax_cross_entropy(logits, y).mean(), updates
 
         (loss, updates), grads = jax.value_and_grad(objective, has_aux=True)(params)
         changes, opt_state = tx.update(grads, opt_state, params)
@@ -94,3 +111,16 @@ def plain_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation,
     params = {"backbone": collections.pop("params"), "head": jax.tree.map(jnp.copy, entry.head["params"])}
     moving = (params, collections, tx.init(params), jnp.zeros((), jnp.float32))
     return Stepper(jax.jit(step, donate_argnums=0), moving, jax.random.key(0), *batch)
+
+
+def eval_step(net: pae.Net, width: float, batch: tuple[Any, Any]) -> Callable[..., Any]:
+    """Return the compiled `(backbone variables, head variables, x, y, weight) -> sums` that `pae.evaluate` runs."""
+    objective = losses.objective(None, "example", None)
+    texts = objective.text(*_abstract(net, width, batch)[1])
+    return programs.eval_step(net, width, CLASSES, objective, texts)
+
+
+def _abstract(net: pae.Net, width: float, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return `(inputs, labels)` and `(outputs, labels)` as shapes and dtypes."""
+    x, y = trees.abstract(batch)
+    return (x, y), (batches.form(net, width, CLASSES, True).output(x), y)

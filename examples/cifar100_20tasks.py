@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 
 import pae_jax as pae
-from pae_jax import data, sizes
-from pae_jax.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd
+from pae_jax import data
+from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd
+from pae_jax.reports import sizes
 
 RECIPES = ("pae", "cpg", "packnet", "piggyback")
 METHODS = (*RECIPES, *baselines.METHODS)
@@ -61,7 +62,7 @@ def small() -> Preset:
     ladder = Ladder((0.4, 0.6, 0.8, 0.9), rung, ramp=2.0, misses=2)
     finetune = Recipe("finetune", own, batch_size=64)
     pae_recipe = dataclasses.replace(
-        finetune, name="pae", ladder=ladder, goal="baseline", expansion=Expansion(0.5, 2.0), norm_init="inherit"
+        finetune, name="pae", ladder=ladder, goal="baseline", expansion=Expansion(0.5, 2.0), local_init="newest"
     )
     picks = Rate(2e-3, cosine=True)
     return Preset(
@@ -84,7 +85,7 @@ def small() -> Preset:
                 finetune,
                 name="packnet",
                 ladder=Ladder((0.6,), dataclasses.replace(rung, epochs=8), ramp=0.0, choose="last"),
-                norm_init="inherit",
+                local_init="newest",
                 allow_empty=True,
             ),
             "piggyback": dataclasses.replace(
@@ -144,7 +145,8 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
     run = pae.Run(folder)
     state = pae.init(stream.net, jax.random.fold_in(stream.key, 1))
     # A sequence of tasks that are made when needed is all that learn_all asks for.
-    result = pae.learn_all(stream.net, state, stream, recipe, key=stream.key, run=run, goals=goals)  # pyright: ignore
+    options: Any = {"key": stream.key, "run": run, "goals": goals, "progress": True}
+    result = pae.learn_all(stream.net, state, stream, recipe, **options)  # pyright: ignore
     pae.verify(result.state)
     assert result.matrix is not None
     last = result.outcomes[-1]

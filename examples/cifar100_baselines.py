@@ -18,11 +18,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import pae_jax as pae
-from pae_jax import data, lifelong, sizes
+from pae_jax import data
+from pae_jax.lifelong import learning
+from pae_jax.lifelong.recipes import Phase, Recipe
 from pae_jax.models.conv import Conv
-from pae_jax.recipes import Recipe
+from pae_jax.reports import sizes
 
 METHODS = ("separate", "sequential", "joint", "frozen", "lora")
 RANK = 4
@@ -42,9 +45,8 @@ def run(method: str, stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any
 
 def _separate(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     run = pae.Run(folder)
-    outcomes = [
-        lifelong.own_network(stream.net, stream[i], recipe, key=stream.key, run=run) for i in range(len(stream))
-    ]
+    options: Any = {"key": stream.key, "run": run, "progress": True}
+    outcomes = [learning.own_network(stream.net, stream[i], recipe, **options) for i in range(len(stream))]
     stages = [folder / f"baseline-{o.task}" / "frozen" for o in outcomes]
     return {
         "test": [o.test for o in outcomes],
@@ -61,7 +63,7 @@ def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     state = start = pae.init(net, jax.random.fold_in(stream.key, 1))
     for i in range(len(stream)):
         task = stream[i]
-        state = _trained(net, start, task, recipe, lifelong.stage_key(stream.key, task.name, "sequential"))
+        state = _trained(net, start, task, recipe, learning.stage_key(stream.key, task.name, "sequential"))
         heads_of.append(state.tasks[task.name].head)
         start = _without_tasks(net, state, task.name)
         for j, head in enumerate(heads_of):
@@ -100,7 +102,7 @@ def _joint(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         augment=data.crop_and_flip(4),
     )
     start = pae.init(stream.net, jax.random.fold_in(stream.key, 1))
-    state = _trained(stream.net, start, task, recipe, lifelong.stage_key(stream.key, "joint", "joint"))
+    state = _trained(stream.net, start, task, recipe, learning.stage_key(stream.key, "joint", "joint"))
     x, y = together("test")
     right = np.asarray(loss.right(pae.predict(stream.net, state, "joint", x, batch_size=256), y))
     return {
@@ -132,9 +134,9 @@ class _OwnClasses:
 def _fixed(stream: Any, recipe: Recipe, folder: Path, *, parts: Any, net: pae.Net) -> dict[str, Any]:
     """Freeze the network of the first task; later tasks train some parts of their own."""
     rest = dataclasses.replace(recipe.train, parts=parts)
-    fixed = dataclasses.replace(recipe, train=rest, norm_init="inherit", allow_empty=True, first=recipe)
+    fixed = dataclasses.replace(recipe, train=rest, local_init="newest", allow_empty=True, first=recipe)
     state = pae.init(net, jax.random.fold_in(stream.key, 1))
-    result = pae.learn_all(net, state, stream, fixed, key=stream.key, run=pae.Run(folder))
+    result = pae.learn_all(net, state, stream, fixed, key=stream.key, run=pae.Run(folder), progress=True)
     assert result.matrix is not None
     last = folder / f"{len(stream):02d}-{result.outcomes[-1].task}" / "frozen"
     return {
@@ -183,27 +185,34 @@ def _trained(net: pae.Net, start: pae.State, task: pae.Task, recipe: Recipe, key
     """Pack a task into a network and train it by the recipe's first phase."""
     pack_key, fit_key = jax.random.split(key)
     state = pae.pack(net, start, task.name, head=task.head, key=pack_key)
-    phase, score = recipe.train, None
-    if task.metric.measure is not None:
-        score = lambda now: task.metric.of(net, now, task.name, task.val, task.loss)  # noqa: E731
+    phase, score, measure = recipe.train, None, task.metric.measure
+    if measure is not None:
+        score = lambda now: measure(net, now, task.name, task.val)  # noqa: E731
     steps = len(task.train[1]) // recipe.batch_size
     state, _ = pae.fit(
         net,
         state,
         task.name,
         task.train,
-        optimizer=phase.optimizer.transformation(),
-        rate=phase.rate.schedule(phase.epochs, steps),
+        optimizer=_optimizer(phase, steps),
         epochs=phase.epochs,
         batch_size=recipe.batch_size,
         key=fit_key,
         val=task.val,
         loss=task.loss,
         augment=task.augment,
-        keep="best",
-        score=score,
+        keep=pae.Best(score),
+        progress=True,
     )
     return state
+
+
+@functools.cache
+def _optimizer(phase: Phase, steps: int) -> optax.GradientTransformation:
+    """Return the optimizer of a phase with its learning rates, one object for all tasks."""
+    rate = phase.rate.schedule(phase.epochs, steps)
+    rates = np.asarray([rate(step) for step in range(phase.epochs * steps)], np.float32)
+    return optax.chain(phase.optimizer.transformation(), optax.scale_by_schedule(lambda step: jnp.asarray(rates)[step]))
 
 
 def _without_tasks(net: pae.Net, state: pae.State, task: str) -> pae.State:

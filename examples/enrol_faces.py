@@ -115,6 +115,7 @@ class Enrolment:
             key=self.key(group, purpose),
             val=group.val,
             keep="best",
+            progress=True,
             **options,
         )
         return state

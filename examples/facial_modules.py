@@ -46,8 +46,8 @@ from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.faces import facenet, graphdef, recover_means
 from pae_jax.faces.images import standardise_fixed
 from pae_jax.faces.losses import FeatureHead
-from pae_jax.lifelong import own_network
-from pae_jax.runs import write_text
+from pae_jax.lifelong.learning import own_network
+from pae_jax.lifelong.run_folder import write_text
 from pae_jax.trees import merge
 
 FACE, NOT_RECORDED = facenet.TASK, ("build", "recipe", "own")
@@ -110,11 +110,11 @@ def run(preset: Preset, found: sources.Sources, net: pae.Net, state: pae.State, 
     goals, own = {FACE: goal}, {}
     for name, part in (("age", found.age), ("gender", found.gender)):
         task = pae.Task(name, len(part.classes), part.train, part.val, part.test, augment=sources.View(preset.size))
-        outcome = own_network(net, task, preset.own, key=key, run=record, start=state)
+        outcome = own_network(net, task, preset.own, key=key, run=record, start=state, progress=True)
         goals[name], own[name] = outcome.value, outcome
         separate[name] = out / f"baseline-{name}" / "frozen"
         tasks.append(task)
-    stream = pae.learn_all(net, state, tasks, preset.recipe, key=key, run=record, goals=goals)
+    stream = pae.learn_all(net, state, tasks, preset.recipe, key=key, run=record, goals=goals, progress=True)
     pae.verify(stream.state)
     last = stream.outcomes[-1]
     if not last.status.added:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pae_jax as pae
 from pae_jax.faces import graphdef
-from pae_jax.recipes import Adam, Ladder, Phase, Rate, Recipe
+from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Rate, Recipe
 
 HEAD = Phase(3, Rate(1e-2), keep="last", parts=("head",))  # as the paper's baselines begin
 
@@ -69,7 +69,7 @@ def local(
         ladder=Ladder(rungs, Phase(2, Rate(5e-5, cosine=True), Adam(), parts=parts), ramp=0.5, every=5, misses=2),
         goal="baseline",
         tolerance=0.005,
-        norm_init="inherit",
+        local_init="newest",
         first=face,
     )
     return Preset("local", build, graphdef.PACKAGE, 128, 146, recipe, own, faces=(1200, None, None))

@@ -32,7 +32,20 @@ def describe(leaf: Any) -> str:
     """Return dtype and shape of a leaf as a reader expects them, `float32[3,3,1,8]`."""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    return f"{type(leaf).__name__} {leaf!r}"
+    text = repr(leaf)
+    return f"{type(leaf).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def sketch(tree: Tree, entries: int = 4) -> str:
+    """Return what a tree holds in one short line, `{image: float32[8,4], mask: ...}`; never a dump of all of it."""
+    if isinstance(tree, dict):
+        shown = [f"{name}: {sketch(child, 2)}" for name, child in list(tree.items())[:entries]]
+        return "{" + ", ".join(shown + ["..."] * (len(tree) > entries)) + "}"
+    if isinstance(tree, (tuple, list)) and tree:
+        kind, count = type(tree).__name__, len(tree)
+        shown = [sketch(child, 2) for child in tree[:entries]]
+        return f"{kind} of {count} ({', '.join(shown + ['...'] * (count > entries))})"
+    return describe(tree)
 
 
 def abstract(tree: Tree) -> Tree:

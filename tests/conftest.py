@@ -1,6 +1,7 @@
 """Harsher than a user's run: broadcasting between ranks raises, and so does every warning (see pyproject.toml)."""
 
 import contextlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from hypothesis import settings
 
 import pae_jax as pae
 from pae_jax.trees import describe, flatten
@@ -18,6 +20,11 @@ from pae_jax.trees import describe, flatten
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling with few optimizations is twice as fast. Set here, since session fixtures come before those of modules.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# The same examples on every machine and in every run; `make fuzz` draws others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("fuzz", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 _COMPILED: list[str] = []
 
@@ -53,13 +60,17 @@ def _bits(leaf):
     return f"{host.dtype}{host.shape}", host.tobytes()
 
 
+OPTIMIZED = ("data", "faces", "models", "optimized", "widening")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def all_optimizations_below(request):
-    """Compile with all optimizations in the folders below, which share no network with the modules here.
+def all_optimizations_where_no_network_is_shared(request):
+    """Compile with all optimizations in folders that share no network with others.
 
     Programs compiled one way and the other differ in bits, so all that use the networks below compile one way.
     """
-    jax.config.update("jax_disable_most_optimizations", request.path.parent == Path(__file__).parent)
+    folder = request.path.relative_to(Path(__file__).parent).parts[0] if "tests" in request.path.parts else ""
+    jax.config.update("jax_disable_most_optimizations", folder not in OPTIMIZED)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 
@@ -88,7 +99,7 @@ def state_facts(bits):
 
     def facts(state):
         tasks = {
-            name: (e.id, e.width, str(e.head_spec), e.sharing, e.digests, bits(e.local), bits(e.head))
+            name: (e.id, e.width, str(e.head_spec), e.sharing, *map(bits, ({"digests": e.digests}, e.local, e.head)))
             for name, e in state.tasks.items()
         }
         local = None if state.local is None else bits(state.local)
@@ -156,7 +167,6 @@ def quick_fit(net, data, adam):
             epochs=epochs,
             batch_size=batch_size,
             key=jax.random.key(key),
-            progress=False,
             **options,
         )
 

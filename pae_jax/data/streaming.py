@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -43,6 +43,10 @@ class Batches:
     def __len__(self) -> int:
         full, rest = divmod(len(self.source), self.batch_size)
         return full + (rest > 0 and not self.drop_remainder)
+
+    def complete(self) -> Batches:
+        """Return the same examples in order with none left out, which evaluation takes."""
+        return replace(self, seed=None, drop_remainder=False)
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
         """Return an iterator over the batches of an epoch, counted from 0."""

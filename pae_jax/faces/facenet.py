@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pae_jax import evaluation, lifecycle
-from pae_jax.adapters.linen import linen
+from pae_jax.core import packing
+from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
 from pae_jax.faces import graphdef, tensorflow_checkpoint, torch_weights
 from pae_jax.faces.placing import Weights
 from pae_jax.models.inception_resnet_v1 import InceptionResnetV1
-from pae_jax.network import Net
-from pae_jax.state import State
+from pae_jax.nets.linen import linen
+from pae_jax.nets.network import Net
+from pae_jax.training import evaluation
 from pae_jax.trees import Tree, merge
 
 TASK = "face"
@@ -111,13 +112,13 @@ def start(
     """Return the state of a network that begins with pretrained weights as its task "face"; see `load_facenet`."""
     trained = weights.classifier if head is None else None
     outputs = head if head is not None else 1 if trained is None else len(trained[1])
-    state = lifecycle.from_variables(net, weights.variables, width)
-    state = lifecycle.pack(net, state, TASK, head=outputs, key=jax.random.key(0) if key is None else key)
+    state = packing.from_variables(net, weights.variables, width)
+    state = packing.pack(net, state, TASK, head=outputs, key=jax.random.key(0) if key is None else key)
     if trained is not None:
         kernel, bias = (jnp.asarray(array, jnp.float32) for array in trained)
         entry = state.tasks[TASK].replace(head={"params": {"kernel": kernel, "bias": bias}})
         state = state.replace(tasks={TASK: entry})
-    return lifecycle.freeze(state, TASK) if freeze else state
+    return packing.freeze(state, TASK) if freeze else state
 
 
 def embed(net: Net, state: State, x: Tree, *, task: str = TASK, batch_size: int | None = None) -> jax.Array:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.errors import ArgumentError, DataError, StructureError
-from pae_jax.training import Loss
-from pae_jax.training import softmax_cross_entropy as softmax
+from pae_jax.training.losses import Loss
+from pae_jax.training.losses import softmax_cross_entropy as softmax
 
 
 def class_weights(counts: Sequence[int]) -> tuple[float, ...]:
@@ -133,8 +133,8 @@ class FeatureHead(nn.Dense):
 class PrelogitsNorm:
     """A loss of the logits plus weight · `prelogits_norm` of the features; needs `FeatureHead`.
 
-    `evaluate`, whose head gives logits alone and which takes the loss of one example at a time, gets the loss without
-    the norm. A batch of logits alone is refused: it comes from a head that would train without the norm.
+    `evaluate`, whose head gives logits alone, gets the loss without the norm. `fit` refuses a head that gives logits
+    alone in training too, which would train without the norm.
 
     Attributes:
       classes: outputs of the head.
@@ -143,7 +143,7 @@ class PrelogitsNorm:
 
     Raises:
       ArgumentError: a weight below 0.
-      StructureError: when called with a batch that has no features.
+      StructureError: in training, when there are no features.
 
     Example:
       >>> loss = PrelogitsNorm(classes=2, weight=0.5)
@@ -161,17 +161,18 @@ class PrelogitsNorm:
             raise ArgumentError(f"weight must be finite and at least 0, found {self.weight!r}")
 
     def __call__(self, logits: jax.Array, y: jax.Array) -> jax.Array:
-        """Return the loss of each example; of plain logits without the norm, but only of one example at a time."""
+        """Return the loss of each example; of plain logits without the norm."""
         if logits.shape[-1] < self.classes:
             _require_outputs("PrelogitsNorm", logits, self.classes)
         losses = self.loss(logits[..., : self.classes], y)
         features = logits[..., self.classes :]
-        if features.shape[-1]:
-            return losses + self.weight * prelogits_norm(features)
-        if len(logits) > 1:
+        return losses + self.weight * prelogits_norm(features) if features.shape[-1] else losses
+
+    def check_training(self, logits: Any) -> None:
+        """Raise `StructureError` where a head gives no features in training."""
+        if logits.shape[-1] <= self.classes:
             hint = f"Pack the task with head=FeatureHead({self.classes})."
             raise StructureError("PrelogitsNorm", "", "a batch of logits alone", "logits and features", hint)
-        return losses
 
 
 def expected_age(logits: jax.Array, ages: Sequence[float]) -> jax.Array:

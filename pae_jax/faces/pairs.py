@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pae_jax.checks import check_key
 from pae_jax.errors import ArgumentError, DataError
-from pae_jax.network import as_key
 
 LFW_PAIRS_PER_FOLD = 300
 EXTENSIONS = (".jpg", ".png")
@@ -196,7 +196,7 @@ def generate_pairs(
         raise DataError(f"identities: found shape {labels.shape}, expected one label per image, of 2 people or more.")
     if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
         raise ArgumentError(f"folds must be an integer of at least 2, found {folds!r}")
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(key))))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     people = [np.flatnonzero(labels == person) for person in np.unique(labels)]
     people = sorted((people[i] for i in rng.permutation(len(people))), key=len, reverse=True)
     groups = [_Group(people[fold::folds]) for fold in range(folds)] if disjoint else [_Group(people)]

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pae_jax import ownership
+from pae_jax.checks import check_count
+from pae_jax.core import integrity, ownership
+from pae_jax.core.state import State, find_trainable
 from pae_jax.errors import DataError, StructureError
-from pae_jax.evaluation import require_own_net
 from pae_jax.faces.facenet import TASK
 from pae_jax.faces.naming import LAYERS
 from pae_jax.faces.placing import STATS
 from pae_jax.faces.tensorflow_weights import EPSILON
 from pae_jax.models.inception_resnet_v1 import InceptionResnetV1
-from pae_jax.network import Net, as_inputs, check_batch_size, check_inputs
-from pae_jax.state import State, find_trainable
+from pae_jax.nets.inputs import as_inputs, read_inputs
+from pae_jax.nets.network import Net
 from pae_jax.trees import PARAMS, Tree, merge
 
 
@@ -61,9 +62,9 @@ def recover_means(
     Source: Ioffe and Szegedy 2015 (batch normalisation).
     """
     entry = find_trainable(state, task, "recover_means")
-    require_own_net(net, state, entry)
-    check_inputs(net, images)
-    size = min(check_batch_size(batch_size), len(images))
+    integrity.require_own_net(net, state, [entry])
+    read_inputs(net, images)
+    size = min(check_count("batch_size", batch_size, 1), len(images))
     if size == 0 or not np.isfinite(images).all():
         raise DataError(f"images: found {len(images)}, or some with NaN or infinity; expected 1 or more, all finite")
     local: dict[str, Any] = dict(traverse_util.flatten_dict(entry.local, sep="/"))
@@ -91,7 +92,7 @@ def _means(net: Net, width: float, variables: Tree, images: Any, size: int) -> d
         outputs: dict[str, Any] = dict(traverse_util.flatten_dict(dict(kept["intermediates"]), sep="/"))
         return {unit: jnp.mean(outputs[f"{unit}/conv/__call__"][0], (0, 1, 2)) for unit in _UNITS}
 
-    compiled = net.memo(("means", width), lambda: jax.jit(means))
+    compiled = jax.jit(means)
     starts = range(0, len(images) - size + 1, size)
     batches = [compiled(variables, as_inputs(net, images[start : start + size])) for start in starts]
     return {unit: np.mean([np.asarray(batch[unit], np.float64) for batch in batches], axis=0) for unit in _UNITS}

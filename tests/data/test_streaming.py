@@ -116,10 +116,26 @@ def test_image_folders_stream_into_fit_and_evaluate(tmp_path):
     state = pae.pack(net, pae.init(net, jax.random.key(0)), "shade", head=2, key=jax.random.key(1))
     train = batches(folders["train"], 4, key_or_seed=0, transform=prepare)
     val = in_order(folders["val"], 4, transform=prepare)
-    options = {"optimizer": optax.adam(0.01), "epochs": 20, "key": jax.random.key(2), "progress": False}
+    options = {"optimizer": optax.adam(0.01), "epochs": 20, "key": jax.random.key(2)}
     state, history = pae.fit(net, state, "shade", train, val=val, **options)
     assert history.rows[-1]["val_accuracy"] == 1.0
     assert pae.evaluate(net, state, "shade", val)["count"] == 14
+
+
+def test_a_last_batch_that_is_smaller_trains_too_and_evaluation_counts_every_example_once():
+    source = [(np.float32([i, 1.0]) / 23, i % 2) for i in range(23)]
+    net = pae.linen(pae.models.MLP, jnp.zeros((1, 2)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    ragged = batches(source, 5, key_or_seed=0, drop_remainder=False)
+    options = {"optimizer": optax.adam(0.01), "key": jax.random.key(2)}
+    state, history = pae.fit(net, state, "a", ragged, epochs=2, val=in_order(source, 5), **options)
+    assert int(history.end.step) == 10
+    wanted = pae.evaluate(net, state, "a", (np.stack([x for x, _ in source]), [y for _, y in source]))
+    assert wanted["count"] == 23
+    for stream in (ragged, in_order(source, 5), batches(source, 5, key_or_seed=0)):
+        scores = pae.evaluate(net, state, "a", stream)
+        assert scores == {**wanted, "loss": pytest.approx(wanted["loss"], rel=1e-5)}
+    assert history.rows[-1]["val_loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
 BAD = {

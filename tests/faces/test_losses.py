@@ -25,6 +25,7 @@ from pae_jax.faces.losses import (
     prelogits_norm,
     softmax,
 )
+from pae_jax.training.losses import accuracy
 
 AFFECTNET = (74496, 133758, 25311, 14016, 6322, 3783, 24726)
 AGES = (5.0, 20.0, 60.0)
@@ -109,7 +110,7 @@ def norm_of_features(net, empty, data, adam):
         options = {"optimizer": adam, "epochs": 10, "batch_size": 8, "key": jax.random.key(2), "progress": False}
         state, history = pae.fit(net, state, "face", data, loss=loss, val=data, **options)
         norm = float(prelogits_norm(pae.features(net, state, "face", data[0])).mean())
-        return norm, pae.evaluate(net, state, "face", data, loss=loss), history
+        return norm, pae.evaluate(net, state, "face", data, loss=loss, metrics={"accuracy": accuracy}), history
 
     return train
 
@@ -161,7 +162,7 @@ def test_the_mean_absolute_error_is_what_evaluate_makes_of_the_age_error(net, em
     errors = np.abs(np.asarray(expected_age(pae.predict(net, state, "age", x), AGES)) - years)
     assert scores["loss"] == pytest.approx(errors.mean(), rel=1e-5)
     classes = np.asarray(ExpectedAge(AGES).nearest_class(jnp.asarray(years)))
-    scores = pae.evaluate(net, state, "age", (x, classes), loss=AgeError(AGES))
+    scores = pae.evaluate(net, state, "age", (x, classes), loss=AgeError(AGES), metrics={"accuracy": accuracy})
     assert set(scores) == {"accuracy", "loss", "count"}
 
 

@@ -1,1 +1,0 @@
-"""Flax front ends: what turns a user's module into pure functions over plain trees."""

@@ -1,0 +1,95 @@
+"""Traced and compiled programs that calls share: how many are kept, and when two calls mean the same program.
+
+A program is used again only for the very functions it was made from. Functions are the same only if they are one
+object; frozen dataclasses, Flax modules and graphs of NNX modules are compared by value. What a user's function reads
+from outside may have changed since, so its program is lowered anew and compared as text (`program_text`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+T = TypeVar("T")
+_PLAIN = (bool, int, complex, str, bytes, type(None), np.dtype, jax.sharding.Mesh, nnx.GraphDef)
+
+
+class Cache:
+    """What was made last, by key; the oldest entry goes when a new one has no room."""
+
+    every: list[Cache] = []  # noqa: RUF012
+
+    def __init__(self, size: int):
+        self.size, self._entries, self._lock = size, [], threading.Lock()
+        Cache.every.append(self)
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Return what was made for a key, or make it."""
+        with self._lock:
+            for position, (known, value) in enumerate(self._entries):
+                if same(known, key):
+                    self._entries.insert(0, self._entries.pop(position))
+                    return value
+        value = make()
+        with self._lock:
+            self._entries.insert(0, (key, value))
+            del self._entries[self.size :]
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+def clear_caches() -> None:
+    """Forget every program that was traced or compiled; the next calls compile again.
+
+    At most 8 train steps and 32 programs that evaluate or predict are kept. They hold the network description, the
+    optimizer and the loss they were made from.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> pae.clear_caches()
+    """
+    for cache in Cache.every:
+        cache.clear()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Say whether two parts of a key mean the same."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, float):
+        return a.hex() == b.hex()  # 0.0 == -0.0, and yet they differ
+    if isinstance(a, (*_PLAIN, MethodType)):
+        return a == b
+    if isinstance(a, nn.Module) or _by_value(type(a)):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a) if f.name != "parent")
+    return False
+
+
+def _by_value(kind: type) -> bool:
+    settings = getattr(kind, "__dataclass_params__", None)
+    return settings is not None and settings.frozen and settings.eq
+
+
+def program_text(function: Callable[..., Any], *operands: Any) -> str:
+    """Return a digest of the program that a function is at this moment, the values it captures included."""
+    lowered = jax.jit(lambda *arguments: function(*arguments)).lower(*operands)  # JAX keeps traces per function object
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()

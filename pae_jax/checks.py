@@ -1,0 +1,84 @@
+"""Checks of arguments, each once and by name: what lies outside its documented range raises `ArgumentError`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from pae_jax.errors import ArgumentError
+from pae_jax.trees import describe
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless a value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_end: bool = False
+) -> float:
+    """Return a finite number of Python or NumPy in [low, high] as a float; `open_end` leaves `high` out."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and low <= value <= high and not (open_end and value == high):
+        return float(value)
+    if math.isfinite(low) and math.isfinite(high):
+        wanted = f"a number in [{low:g}, {high:g}{')' if open_end else ']'}"
+    else:
+        wanted = "a finite number" + (f" of at least {low:g}" if math.isfinite(low) else "")
+    raise ArgumentError(f"{name} must be {wanted}, found {value!r}")
+
+
+def check_count(name: str, value: Any, low: int = 0) -> int:
+    """Return an integer of Python or NumPy that is not below a bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ArgumentError(f"{name} must be an integer of at least {low}, found {value!r}")
+    return int(value)
+
+
+def check_fraction(value: Any, name: str = "fraction") -> float:
+    """Return a fraction as a float."""
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be a number in [0, 1], found {value!r}") from None
+    if not 0.0 <= fraction <= 1.0:  # false for NaN too
+        raise ArgumentError(f"{name} must lie in [0, 1], found {value}; 0.5 frees half of the available weights")
+    return fraction
+
+
+def check_width(width: Any) -> float:
+    """Return a width as a float."""
+    try:
+        value = float(width)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"width is a positive channel factor, found {width!r}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentError(f"width is a positive channel factor, found {width!r}; from a size ratio: pae.width_for")
+    return value
+
+
+def check_name(name: Any) -> str:
+    """Return the name of a task."""
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"a task's name is a non-empty string, found {name!r}")
+    return name
+
+
+def check_key(key: Any) -> jax.Array:
+    """Return a typed random key; raw uint32 keys are accepted."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and np.ndim(key) == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ArgumentError(f"key must be one random key such as jax.random.key(0), found {describe(key)}")
+
+
+def is_traced(tree: Any) -> bool:
+    """Say whether some array of a tree has no value yet, because a function is being traced."""
+    return any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,181 @@
+"""`expand`: a wider backbone under the same tasks, on top of the widening engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.checks import check_key, check_width
+from pae_jax.core import ownership
+from pae_jax.core.state import Growth, State, layout_of, newest
+from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
+from pae_jax.nets.answers import trial_inputs
+from pae_jax.nets.forward import apply_backbone
+from pae_jax.nets.network import Net, batch_size
+from pae_jax.trees import PARAMS, Tree, merge, path_name
+from pae_jax.widening import WidenMaps, widen_maps
+
+
+def expand(
+    net: Net,
+    state: State,
+    *,
+    width: float,
+    key: jax.Array,
+    overrides: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
+    accept_changes: bool = False,
+) -> State:
+    """Widen the backbone; every task goes on answering at its own width, bit for bit.
+
+    The narrow and the wide program are compared operation by operation to learn where each old weight belongs. New
+    weights are free and start as the model initialises itself; the next task claims them, and finds all older
+    knowledge in its place.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network; its newest task, if any, is frozen.
+      width: new channel factor, larger than `state.width`; `pae.width_for` converts a size ratio.
+      key: random key; draws the new weights.
+      overrides: explicit index maps of single axes, `{"params/Conv_0/kernel": {axis: positions}}`.
+      accept_changes: expand although the wide network does not compute the old function on the old weights. Old tasks
+        are safe all the same, since they run at their own width; but the next task finds older knowledge altered.
+
+    Returns:
+      A new state, with one more record in `state.growth`.
+
+    Raises:
+      ArgumentError: a width that is not larger, or one that changes no layer.
+      PhaseError: the newest task is not frozen.
+      NotPreservableError: names each layer, the reason and what to do.
+      StructureError: the two widths are not builds of one architecture, or something shrinks.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> state = pae.freeze(state, "a")
+      >>> before = pae.predict(net, state, "a", jnp.ones((2, 4)))
+      >>> state = pae.expand(net, state, width=1.5, key=jax.random.key(2))
+      >>> bool((pae.predict(net, state, "a", jnp.ones((2, 4))) == before).all()), state.width
+      (True, 1.5)
+
+    Source: Hung et al., "Packing and Expanding", ICMR 2019, widths by the square root of the size ratio.
+    """
+    width = _check_call(state, width)
+    maps = _analyse(net, state.width, width, overrides)
+    if not maps.preserved and not accept_changes:
+        raise _refusal(maps, state.width, width)
+    weights_key, local_key = jax.random.split(check_key(key))
+    drawn, drawn_local = net.initial(weights_key, width)
+    shared = maps.put({PARAMS: state.shared}, {PARAMS: drawn})[PARAMS]
+    wide = state.replace(
+        shared=shared,
+        owner=maps.put({PARAMS: state.owner})[PARAMS],
+        local=None if state.local is None else maps.put(state.local, drawn_local),
+        width=width,
+        growth=(*state.growth, Growth(state.width, width, maps)),
+        layout=layout_of(shared=shared, local=drawn_local),
+    )
+    if maps.preserved:
+        _check_function(net, state, wide, drawn_local, local_key)
+    return wide
+
+
+def _check_call(state: State, width: float) -> float:
+    width = check_width(width)
+    last = newest(state)
+    if last is not None and not state.tasks[last].frozen:
+        raise PhaseError("expand", last, "packed but not frozen", "fit, prune, freeze or drop of that task")
+    if width <= state.width:
+        raise ArgumentError(f"width must be larger than the present {state.width}, found {width}; networks only grow")
+    return width
+
+
+def _analyse(net: Net, narrow: float, wide: float, overrides: Any) -> WidenMaps:
+    layouts = net.layout(narrow), net.layout(wide)
+    variables = [merge(layout.shared, layout.local) for layout in layouts]
+    programs = [_features_of(net, width) for width in (narrow, wide)]
+    maps = widen_maps(programs[0], variables[0], programs[1], variables[1], net.sample, overrides=overrides)
+    if maps.is_identity:
+        raise ArgumentError(
+            f"width {wide} changes no layer of {net.source} compared with {narrow}; take a larger one. "
+            "Channel counts are often rounded down, and `build` must use its width."
+        )
+    return maps
+
+
+def _features_of(net: Net, width: float) -> Any:
+    program = net.program(width)
+    return lambda variables, x: program.apply(variables, x, False, None)[0]
+
+
+def _refusal(maps: WidenMaps, narrow: float, wide: float) -> NotPreservableError:
+    reasons = tuple(str(reason) for reason in maps.reasons)
+    listing = "\n".join(f"  - {reason}" for reason in reasons)
+    return NotPreservableError(
+        f"from width {narrow} to {wide} the network would not compute the old function on the old weights:\n{listing}\n"
+        "Change the model there, or pass accept_changes=True: old tasks stay bit-identical at their own width, but the "
+        "next task finds older knowledge altered.",
+        reasons,
+    )
+
+
+def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Array) -> None:
+    """Compare the old features with those of the wide network that holds only old weights, on the sample's shape."""
+    maps = new.growth[-1].maps
+    last = newest(old)
+    held = old.shared
+    local = net.initial(key, old.width)[1] if old.local is None else old.local
+    if last is not None:
+        entry = old.tasks[last]
+        everything = jax.tree.map(lambda owner: owner > ownership.FREE, old.owner)
+        held = ownership.select(everything, old.shared)
+        local = ownership.local_at_width(old, entry, local)
+    wide_held = maps.put({PARAMS: held})[PARAMS]
+    wide_local = maps.put(local, _zero_leaves(fresh, maps))
+    x = trial_inputs(net, batch_size(net.sample))[0]
+    # The check compares sums of different order; reduced-precision products of accelerators would drown it.
+    exact = jax.default_backend() == "cpu"
+    with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
+        narrow = apply_backbone(net, old.width)(held, local, x)
+        wide = apply_backbone(net, new.width)(wide_held, wide_local, x)
+    leaves = zip(jax.tree.leaves(narrow), maps.output_maps, jax.tree.leaves(wide), strict=True)
+    for old_leaf, new_leaf in ((old, places.take(new)) for old, places, new in leaves):
+        _compare(np.asarray(old_leaf, np.float32), np.asarray(new_leaf, np.float32), old_leaf.dtype)
+
+
+def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:
+    hint = "give the net a sample of values that suit the model, such as real token ids and a mask with some ones"
+    if not np.isfinite(narrow).all():
+        raise NotPreservableError(
+            "the network's own features are not finite on its sample's values, so nothing can be compared. The state "
+            f"is unchanged; {hint}."
+        )
+    scale, worst = float(np.abs(narrow).max()), float(np.abs(kept - narrow).max())
+    if not scale:
+        raise NotPreservableError(
+            "all of the network's features are 0 on its sample's values, so nothing can be compared. The state is "
+            f"unchanged; {hint}."
+        )
+    limit = max(1e-5, 8 * float(jnp.finfo(dtype).eps)) * scale
+    if not worst <= limit:  # also when it is NaN
+        raise NotPreservableError(
+            f"the widened network computes other features on the old weights: largest difference {worst:.3g} at a "
+            f"largest feature of {scale:.3g}, {limit:.3g} is allowed. The state is unchanged. Please report the model; "
+            "accept_changes does not skip this check."
+        )
+
+
+def _zero_leaves(local: Tree, maps: WidenMaps) -> Tree:
+    """Put 0 in the leaves whose new entries the analysis needs at 0: weights, and those it names."""
+
+    def leaf(path: Any, value: jax.Array) -> jax.Array:
+        zero = value.ndim >= 2 or path_name(path) in maps.zero_leaves
+        return jnp.zeros_like(value) if zero else value
+
+    return jax.tree_util.tree_map_with_path(leaf, local)

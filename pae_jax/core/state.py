@@ -1,0 +1,143 @@
+"""The records of a lifelong network: `State`, `TaskState`, `Growth`, and look-ups in them."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from pae_jax.core.picking import Picking
+from pae_jax.errors import PhaseError, UnknownTaskError
+from pae_jax.html import ownership as ownership_bars
+from pae_jax.trees import Tree, describe, flatten
+
+MAX_TASKS = 127
+"""Owner ids are int8; the 128th task is refused, never wrapped."""
+
+SHARING = ("all", "first", "picked")
+
+
+class TaskState(struct.PyTreeNode):
+    """What belongs to one task alone, at the width the task was packed at.
+
+    Attributes:
+      local: local variables of the backbone, `{collection: nested dict}`.
+      head: variables of the task's output layer, `{collection: nested dict}`.
+      digests: one row per array the task depends on. uint8 (arrays, 32), their SHA-256, once the task is frozen; False
+        everywhere before. So `freeze` changes no tree structure, and frozen networks stack.
+      pick: tree parallel to the shared weights at the task's width: float32 scores while the task may be trained, bool
+        (int8 if ternary) once frozen; None where there is nothing to pick from.
+      id: owner id, 1 for the first task.
+      width: width of the backbone the task runs at, for ever.
+      head_spec: number of classes, or the Flax module, that builds the head; None for none.
+      layout: `(path, dtype and shape)` of local variables and head, as they were packed.
+      sharing: which older weights the task sees: "all", "first" (those of task 1) or "picked".
+      picking: how it picks, with sharing "picked"; None otherwise.
+    """
+
+    local: Tree
+    head: Tree
+    digests: Any
+    pick: Tree | None = None
+    id: int = struct.field(pytree_node=False, kw_only=True)
+    width: float = struct.field(pytree_node=False, kw_only=True)
+    head_spec: Any = struct.field(pytree_node=False, kw_only=True)
+    layout: tuple[tuple[str, str], ...] = struct.field(pytree_node=False, kw_only=True)
+    sharing: str = struct.field(pytree_node=False, default="all")
+    picking: Picking | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of this task can change any more."""
+        return self.digests.dtype == np.uint8
+
+    @property
+    def phase(self) -> str:
+        """`"packed"` (trainable) or `"frozen"`."""
+        return "frozen" if self.frozen else "packed"
+
+    def __repr__(self) -> str:
+        head = f"head {self.head_spec!r}, sharing {self.sharing!r}"
+        return f"TaskState(id {self.id}, {self.phase}, width {self.width:g}, {head})"
+
+
+class Growth(struct.PyTreeNode):
+    """One expansion: where the weights of the narrow backbone went in the wide one.
+
+    Attributes:
+      narrow: width before.
+      wide: width after.
+      maps: the index maps, as found on the day of the expansion; they are never derived again.
+    """
+
+    narrow: float = struct.field(pytree_node=False)
+    wide: float = struct.field(pytree_node=False)
+    maps: Any = struct.field(pytree_node=False)
+
+
+class State(struct.PyTreeNode):
+    """A network that holds many tasks; every operation returns a new one.
+
+    Attributes:
+      shared: nested dict of the shared weights, one float array per leaf.
+      owner: tree parallel to `shared`, int8 arrays of equal shape: 0 is free, k is owned by the task of id k.
+      tasks: `{name: TaskState}`; the order of learning is `TaskState.id`, not the order of the dict.
+      width: channel factor of `shared` and `owner`.
+      growth: one record per expansion, oldest first.
+      local: the backbone's own local variables, which `init` drew or `from_variables` was given, at the state's width;
+        a new task starts from them. None in a network loaded from a stage that has none.
+      layout: `(path, dtype and shape)` of the shared weights and the local variables, as the model has them.
+    """
+
+    shared: Tree
+    owner: Tree
+    tasks: dict[str, TaskState]
+    width: float = struct.field(pytree_node=False)
+    growth: tuple[Growth, ...] = struct.field(pytree_node=False, default=())
+    local: Tree | None = None
+    layout: tuple[tuple[str, str], ...] = struct.field(pytree_node=False, default=())
+
+    def __repr__(self) -> str:
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.shared))
+        tasks = ", ".join(f"{name!r} ({self.tasks[name].phase})" for name in names(self)) or "none"
+        return f"State({weights:,} shared weights at width {self.width:g}; tasks: {tasks})"
+
+    def _repr_html_(self) -> str:
+        order = names(self)
+        owners = {path: np.asarray(leaf).ravel() for path, leaf in flatten(self.owner).items()}
+        counts = {path: np.bincount(ids, minlength=len(order) + 1) for path, ids in owners.items()}
+        return f"<div>{html.escape(repr(self))}</div>{ownership_bars(order, counts)}"
+
+
+def layout_of(**trees: Tree) -> tuple[tuple[str, str], ...]:
+    """Return `(path, dtype and shape)` of the arrays of named trees."""
+    return tuple((path, describe(leaf)) for path, leaf in flatten(trees).items())
+
+
+def names(state: State) -> list[str]:
+    """Return the task names in order of learning."""
+    return sorted(state.tasks, key=lambda name: state.tasks[name].id)
+
+
+def newest(state: State) -> str | None:
+    """Return the name of the task learned last, None if there is no task."""
+    order = names(state)
+    return order[-1] if order else None
+
+
+def find(state: State, task: str) -> TaskState:
+    """Return the record of a task, or raise `UnknownTaskError`."""
+    if not isinstance(task, str) or task not in state.tasks:
+        raise UnknownTaskError(task, names(state))
+    return state.tasks[task]
+
+
+def find_trainable(state: State, task: str, call: str) -> TaskState:
+    """Return the record of a task that may still change, or raise `PhaseError`."""
+    entry = find(state, task)
+    if entry.frozen:
+        raise PhaseError(call, task, "frozen", "predict, features, evaluate, masks; drop if it is the newest task")
+    return entry

@@ -1,0 +1,110 @@
+"""What would stop the lifelong loop later, found before anything is computed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pae_jax.checks import check_count, check_number
+from pae_jax.core import integrity
+from pae_jax.core.state import MAX_TASKS, State, find, names, newest
+from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.task import CheckedTask, Task
+from pae_jax.nets import heads
+from pae_jax.nets.network import Net
+from pae_jax.training.sharding import Devices
+
+
+def recipe_for(state: State, recipe: Recipe) -> Recipe:
+    """Return the recipe of the next task of a network."""
+    return recipe.first if recipe.first is not None and not state.tasks else recipe
+
+
+def check_call(
+    net: Net,
+    state: State,
+    task: Task,
+    recipe: Recipe,
+    goal: float | None = None,
+    upcoming: int | None = None,
+    devices: Devices | None = None,
+    first: bool = True,
+) -> CheckedTask:
+    """Raise for whatever would stop the loop later, before anything is computed or written; return the checked task."""
+    integrity.check(state)
+    last = newest(state)
+    integrity.require_own_net(net, state, [] if last is None else [find(state, last)])
+    if last is not None and not state.tasks[last].frozen:
+        raise PhaseError(f"learn of {task.name!r}", last, "packed but not frozen", "fit, prune, freeze or drop")
+    if len(state.tasks) >= MAX_TASKS:
+        raise CapacityError(f"a network holds at most {MAX_TASKS} tasks; use a second one")
+    if task.name in state.tasks:
+        raise ArgumentError(
+            f"task {task.name!r} exists already; tasks: {', '.join(names(state))}. Choose another name."
+        )
+    heads.layout(net, heads.check_head(task.head), state.width)
+    if goal is not None:
+        check_number("goal", goal)
+    if task.metric.measure is None:
+        _check_accuracies(recipe, goal)
+    if upcoming is not None:
+        check_count("upcoming", upcoming, 0)
+    ladder, retrains = recipe.ladder, recipe.retrain is not None and bool(state.tasks or not first)
+    chooses = goal is not None or recipe.goal is not None or (ladder is not None and ladder.choose != "last")
+    if task.val is None and (chooses or retrains or any(phase.plateau for phase in recipe.phases)):
+        raise ArgumentError(
+            f"task {task.name!r} has no validation data, but recipe {recipe.name!r} chooses by it: hold out a part of "
+            "the training data as val="
+        )
+    if task.train is None:
+        raise ArgumentError(f"task {task.name!r} has no training data: train=None")
+    checked = CheckedTask.of(net, task, state.width, recipe.batch_size)
+    assert checked.train is not None
+    floored = ladder is not None and ladder.floor is not None
+    for part in (checked.val, checked.test, checked.train if floored else None):
+        checked.check_accuracy(part, state.width)
+    if devices is not None and checked.train.arrays is not None:
+        devices.check_batch(checked.train.size(recipe.batch_size))
+    if checked.train.steps is None and (
+        (ladder is not None and ladder.ramp) or any(phase.needs_steps for phase in recipe.phases)
+    ):
+        raise ArgumentError(
+            f"task {task.name!r}: the training data has no length, so the epochs of a rate or a ramp have no number of "
+            "steps; give data with a length, or constant rates and ramp=0"
+        )
+    return checked
+
+
+def _check_accuracies(recipe: Recipe, goal: float | None) -> None:
+    """Raise `ArgumentError` where per cent are given for an accuracy, which is a fraction."""
+    for value in (goal, recipe.goal):
+        if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
+            raise ArgumentError(f"goal is {value:g}, but an accuracy lies in [0, 1]: 90 per cent is 0.9")
+    if recipe.tolerance >= 1.0:
+        raise ArgumentError(f"tolerance is {recipe.tolerance:g} of an accuracy, so anything passes: 1 point is 0.01")
+
+
+def check_stream(
+    net: Net,
+    state: State,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    goals: Mapping[str, float] | None,
+    devices: Devices | None,
+) -> None:
+    """Raise before anything is learned for what a later task would stop at, where all tasks are at hand."""
+    if not hasattr(tasks, "__len__"):
+        raise ArgumentError(f"tasks must be a sequence, whose length is known; found {type(tasks).__name__}")
+    if not isinstance(tasks, (list, tuple)):
+        return  # made one after the other
+    known = [task.name for task in tasks]
+    twice = sorted({name for name in known if known.count(name) > 1})
+    if twice:
+        raise ArgumentError(f"tasks must have distinct names, found {twice[0]!r} twice")
+    for name in goals or {}:
+        if name not in known:
+            raise ArgumentError(f"goals has {name!r}, which is no task; tasks: {', '.join(known)}")
+    for number, task in enumerate(tasks):
+        later = recipe if number else recipe_for(state, recipe)
+        goal = None if goals is None else goals.get(task.name)
+        check_call(net, state, task, later, goal, None, devices, first=not number)

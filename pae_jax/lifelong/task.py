@@ -1,0 +1,205 @@
+"""`Task`: what there is to learn; `Metric`: how well it was learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.checks import check_choice, check_name
+from pae_jax.core.state import State, find
+from pae_jax.errors import ArgumentError
+from pae_jax.nets.inputs import examples
+from pae_jax.nets.network import Net
+from pae_jax.training.batches import Augment, Feed, Form, feed, form
+from pae_jax.training.evaluation import EVAL_BATCH, evaluate_state, predict
+from pae_jax.training.losses import Loss, LossPer, Objective, accuracy, objective
+
+Measure = Callable[[Net, State, str, Any], float]
+_WHOLE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What counts as doing a task well; goals and the choice of epochs and ratios go by it.
+
+    Attributes:
+      name: as it stands in tables.
+      measure: `(net, state, task, data) -> float`; None takes the accuracy of class numbers. It must not keep the
+        state.
+      higher_is_better: False for errors such as a mean absolute error.
+
+    Raises:
+      ArgumentError: an accuracy of which less is better.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> pae.Metric().name
+      'accuracy'
+    """
+
+    name: str = "accuracy"
+    measure: Measure | None = None
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.measure is None and not self.higher_is_better:
+            raise ArgumentError("without `measure` the metric is the accuracy, of which more is better")
+
+    def reaches(self, value: float, goal: float, tolerance: float) -> bool:
+        """Say whether a value is as good as a goal, or worse by no more than the tolerance."""
+        rounding = 1e-9 * abs(goal)  # 0.06 + 0.01 is a little less than 0.07
+        return self.score(value) + tolerance >= self.score(goal) - rounding
+
+    def score(self, value: float) -> float:
+        """Return a value such that higher is better; NaN is worst."""
+        if math.isnan(value):
+            return -math.inf
+        return value if self.higher_is_better else -value
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """A measure that averages a number per example, for `Metric(measure=)`.
+
+    Attributes:
+      values: `(outputs, y) -> array (batch,)`.
+
+    Example:
+      >>> import jax.numpy as jnp, pae_jax as pae
+      >>> error = lambda logits, y: jnp.abs(logits[:, 0] - y)
+      >>> pae.Metric("mean absolute error", pae.MeanOf(error), higher_is_better=False).name
+      'mean absolute error'
+    """
+
+    values: Callable[[Any, Any], jax.Array]
+
+    def __call__(self, net: Net, state: State, task: str, data: Any) -> float:
+        """Return the mean over data as for `pae.evaluate`."""
+        entry = find(state, task)
+        total, count = 0.0, 0
+        # Arrays come as one batch, which `predict` cuts: it selects the task's weights once for all of them.
+        for x, y in feed(data, form(net, entry.width, entry.head_spec, False), _WHOLE).epoch(0, None):
+            found = np.asarray(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y))
+            size = examples(x)
+            if found.shape != (size,):
+                raise ArgumentError(
+                    f"MeanOf(values) must return one number per example, shape ({size},); found shape {found.shape}"
+                )
+            total, count = total + float(found.astype(np.float64).sum()), count + size
+        return total / count
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a lifelong network.
+
+    Attributes:
+      name: used once per network.
+      head: number of classes, or a Flax module called on the features.
+      train: training data, as for `pae.fit`.
+      val: validation data, which every choice is made by; None if nothing is to be chosen.
+      test: test data; only ever measured, never chosen by.
+      loss: as for `pae.fit`; None takes the softmax cross-entropy.
+      metric: what goals and choices go by; the accuracy, unless it says otherwise.
+      augment: as for `pae.fit`, applied to training batches on the device.
+      loss_per: as for `pae.fit`.
+
+    Raises:
+      ArgumentError: an empty name.
+
+    Example:
+      >>> import numpy as np, pae_jax as pae
+      >>> x, y = np.zeros((8, 4), np.float32), np.zeros(8, np.int32)
+      >>> pae.Task("age", head=8, train=(x, y), val=(x, y)).metric.name
+      'accuracy'
+    """
+
+    name: str
+    head: Any
+    train: Any
+    val: Any = None
+    test: Any = None
+    loss: Loss | None = None
+    metric: Metric = Metric()
+    augment: Augment | None = None
+    loss_per: LossPer = "example"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_choice("loss_per", self.loss_per, ("example", "batch"))
+
+
+def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
+    """Return the accuracy of each example, or raise where labels are no class numbers: with an own loss they may be."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
+        raise TypeError("labels without an accuracy; give the task a Metric with `measure`, such as MeanOf")
+    return accuracy(logits, labels)
+
+
+@dataclass(frozen=True)
+class CheckedTask:
+    """A task whose data was checked, once for all that follows.
+
+    Attributes:
+      net: the network it is for.
+      task: the task.
+      objective: its loss, and what is measured beside it.
+      train, val, test: its data in batches; None where there is none.
+    """
+
+    net: Net
+    task: Task
+    objective: Objective
+    train: Feed | None
+    val: Feed | None
+    test: Feed | None
+
+    @classmethod
+    def of(cls, net: Net, task: Task, width: float, batch_size: int) -> CheckedTask:
+        """Check the data of a task."""
+        wanted = objective(task.loss, task.loss_per, None)
+        if task.metric.measure is None and task.loss is not None:
+            wanted = replace(wanted, metrics=(("accuracy", _accuracy_of_classes),))
+        shape = form(net, width, task.head, task.loss is None, task.augment)
+        plain = form(net, width, task.head, task.loss is None)
+        parts = [None if data is None else feed(data, plain, EVAL_BATCH) for data in (task.val, task.test)]
+        train = None if task.train is None else feed(task.train, shape, batch_size)
+        return cls(net, task, wanted, train, *parts)
+
+    @property
+    def training_data(self) -> Feed:
+        """The training data; a task that is only measured has none."""
+        if self.train is None:
+            raise ArgumentError(f"task {self.task.name!r} has no training data")
+        return self.train
+
+    def form(self, width: float) -> Form:
+        """Return the form of training batches at a width."""
+        return form(self.net, width, self.task.head, self.task.loss is None, self.task.augment)
+
+    def check_accuracy(self, part: Feed | None, width: float) -> None:
+        """Raise `ArgumentError` where data in arrays has no accuracy and the metric takes it."""
+        if self.task.metric.measure is not None or part is None or part.arrays is None:
+            return
+        x, y = part.arrays
+        output = self.form(width)._replace(augment=None).output(x) if self.task.augment is None else None
+        classes = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.integer)
+        if not classes or (output is not None and y.shape[1:] != getattr(output, "shape", (0,))[1:-1]):
+            raise ArgumentError(
+                f"task {self.task.name!r} has labels without an accuracy; give it a Metric with `measure`, such as "
+                "MeanOf"
+            )
+
+    def measured(self, state: State, part: str) -> float:
+        """Return the metric of the task on "train", "val" or "test" data."""
+        task, data = self.task, getattr(self, part)
+        if task.metric.measure is None:
+            return evaluate_state(self.net, state, task.name, data, self.objective)["accuracy"]
+        known = data if isinstance(task.metric.measure, MeanOf) else getattr(task, part)
+        return float(task.metric.measure(self.net, state, task.name, known))

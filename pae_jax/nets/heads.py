@@ -1,0 +1,90 @@
+"""A task's own output layer: a linear layer by default, any Flax module if the user brings one, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from pae_jax.caching import Cache
+from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.nets import linen as linen_adapter
+from pae_jax.nets import nnx as nnx_adapter
+from pae_jax.nets.network import Net, Program, batch_size, require_batch_axis, zeros
+from pae_jax.trees import Tree, sketch
+
+_LAYOUTS, _INITS = Cache(64), Cache(8)
+
+
+def check_head(head: Any) -> Any:
+    """Return a head as it is kept: classes as an int, an NNX module as a copy that nobody else changes."""
+    if head is None or isinstance(head, nn.Module):
+        return head
+    if isinstance(head, nnx.Module):
+        return nnx.clone(head)
+    if isinstance(head, bool) or not isinstance(head, (int, np.integer)):
+        raise ArgumentError(f"head must be a number of classes, a Flax module, or None for none, found {head!r}")
+    if head < 1:
+        raise ArgumentError(f"head must have at least 1 class, found {head}")
+    return int(head)
+
+
+def key_of(head: Any) -> Any:
+    """Return what tells heads apart in the key of a program; the values of an NNX module are not part of it."""
+    return nnx.split(head)[0] if isinstance(head, nnx.Module) else head
+
+
+def program(head: Any) -> Program:
+    """Return a head as pure functions of its variables.
+
+    Args:
+      head: number of classes (a linear layer with bias), a Linen module called on the features, an NNX module, whose
+        present values are the initial ones, or None: the features are the output.
+    """
+    if head is None:
+        return Program(lambda key, x: {}, lambda variables, x, train, rngs: (x, {}), None)
+    if isinstance(head, int):
+        return linen_adapter.program(nn.Dense(head))
+    if isinstance(head, nn.Module):
+        return linen_adapter.program(head)
+    return nnx_adapter.program(lambda key: nnx.clone(head))
+
+
+def layout(net: Net, head: Any, width: float) -> tuple[Any, Any]:
+    """Return `(variables, output)` of a head at a width as shapes and dtypes."""
+
+    def make() -> tuple[Any, Any]:
+        features = net.layout(width).features
+        parts = program(head)
+        try:
+            variables = jax.eval_shape(lambda: parts.init(jax.random.key(0), zeros(features)))
+            output, _ = jax.eval_shape(lambda v, f: parts.apply(v, f, False, None), variables, features)
+        except StructureError:
+            raise
+        except Exception as error:
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            found = f"{describe(head)} failing with: {cause}"
+            raise StructureError("head", "", found, f"a module that takes features {sketch(features)}") from error
+        require_batch_axis(output, batch_size(net.sample), "head", "output")
+        return variables, output
+
+    return _LAYOUTS.get((net, width, key_of(head)), make)
+
+
+def initial(net: Net, head: Any, key: jax.Array, width: float) -> Tree:
+    """Draw the variables of a head."""
+    features = net.layout(width).features
+
+    def make() -> Any:
+        return jax.jit(lambda key: program(head).init(key, zeros(features)))
+
+    # An NNX module brings its values, which are not part of the key.
+    return make()(key) if isinstance(head, nnx.Module) else _INITS.get((net, width, head), make)(key)
+
+
+def describe(head: Any) -> int | str | None:
+    """Return what the metadata of a checkpoint says of a head: its classes, or the name of its module."""
+    return head if head is None or isinstance(head, int) else type(head).__name__

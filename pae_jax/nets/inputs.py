@@ -1,0 +1,120 @@
+"""Inputs of a network: checked, and computed whole or in pieces of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.checks import check_count
+from pae_jax.errors import DataError, StructureError
+from pae_jax.nets.network import Net
+from pae_jax.trees import Tree, describe, flatten, sketch
+
+
+def read_inputs(net: Net, x: Tree) -> Tree:
+    """Return inputs as arrays that fit the sample: same tree, same shape after the batch axis, same kind of dtype.
+
+    Lists where the sample has an array become one. Axes that the net names free may have any size. A narrower or wider
+    dtype of the same kind (NumPy's float64 for float32) passes; integers for floats do not, because an image of 0..255
+    instead of 0..1 would train without a word.
+    """
+    structure = jax.tree.structure(net.sample)
+    hint = "(x, y) is one pair of arrays; several batches go into a list." if isinstance(x, tuple) else ""
+    try:
+        leaves = [_array(leaf) for leaf in structure.flatten_up_to(x)]
+    except ValueError as error:
+        raise StructureError("input", "", sketch(x), sketch(net.sample), hint) from error
+    arrays = jax.tree.unflatten(structure, leaves)
+    for (path, wanted), leaf in zip(flatten(net.sample).items(), leaves, strict=True):
+        found, expected = describe(leaf), _batch_of(net, path, wanted)
+        shape = list(leaf.shape)
+        for axis in net.free_axes.get(path, ()):
+            if axis < len(shape):
+                shape[axis] = wanted.shape[axis]
+        if not leaf.shape or tuple(shape[1:]) != wanted.shape[1:]:
+            raise StructureError("input", path, found, expected, hint or "The batch axis comes first.")
+        if not _same_kind(leaf.dtype, wanted.dtype):
+            raise StructureError("input", path, found, expected, "Convert and scale the data as the model expects.")
+    return arrays
+
+
+def as_inputs(net: Net, x: Tree) -> Tree:
+    """Convert checked inputs to the sample's dtypes."""
+    return jax.tree.map(lambda leaf, wanted: jnp.asarray(leaf, wanted.dtype), x, net.sample)
+
+
+def checked(net: Net, x: Tree) -> tuple[Tree, int]:
+    """Return inputs as arrays of the sample's dtypes, and the number of examples; raise unless they fit the sample."""
+    leaves, structure = jax.tree.flatten(x)
+    wanted, expected = jax.tree.flatten(net.sample)
+    count = len(leaves[0]) if leaves and np.ndim(leaves[0]) else 0
+    exact = structure == expected and all(
+        isinstance(leaf, (np.ndarray, jax.Array)) and leaf.dtype == w.dtype and leaf.shape == (count, *w.shape[1:])
+        for leaf, w in zip(leaves, wanted, strict=True)
+    )
+    if exact:
+        return x, count
+    x = read_inputs(net, x)
+    return as_inputs(net, x), examples({"x": x})
+
+
+def examples(parts: Tree) -> int:
+    """Return the number of examples of a batch; raise `DataError` unless all parts have the same."""
+    lengths = {path: len(leaf) for path, leaf in flatten(parts).items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"the parts of a batch have different numbers of examples: {lengths}; they must be equal")
+    return next(iter(lengths.values()))
+
+
+def _array(leaf: Any) -> Any:
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return leaf
+    if isinstance(leaf, (dict, tuple)):
+        raise ValueError(f"a {type(leaf).__name__} where the sample has an array")
+    array = np.asarray(leaf)
+    if array.dtype == object:
+        raise ValueError("not an array")
+    return array
+
+
+def _batch_of(net: Net, path: str, wanted: Any) -> str:
+    free = net.free_axes.get(path, ())
+    sizes = ["batch", *("any" if axis in free else str(size) for axis, size in enumerate(wanted.shape) if axis)]
+    return f"{wanted.dtype}[{','.join(sizes)}]"
+
+
+def _same_kind(found: Any, expected: Any) -> bool:
+    return any(
+        jnp.issubdtype(found, kind) and jnp.issubdtype(expected, kind)
+        for kind in (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
+    )
+
+
+def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree], Any]) -> Any:
+    """Apply a function to a batch, whole or in pieces of one size, the last one filled up by its first example."""
+    x, count = checked(net, x)
+    size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+    if size is None or count == 0:
+        return apply(x)
+    host = jax.tree.map(np.asarray, x)
+    pieces = [apply(filled_rows(host, range(start, min(start + size, count)), size)) for start in range(0, count, size)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *pieces)
+
+
+def powers_of_two(rows: list[int], limit: int | None) -> Iterator[tuple[list[int], int]]:
+    """Yield `(rows, size)`: at most `limit` rows at a time, and the power of two, or limit, to fill them up to."""
+    step = limit or len(rows)
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        size = 1 << (len(piece) - 1).bit_length()
+        yield piece, min(size, limit or size)
+
+
+def filled_rows(host: Tree, rows: Sequence[int], size: int) -> Tree:
+    """Take examples out of a batch and fill up to a size by repeating the first of them."""
+    index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])
+    return jax.tree.map(lambda leaf: leaf[index], host)

@@ -1,0 +1,151 @@
+"""Front end for Flax Linen modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import errors as flax_errors
+from flax import linen as nn
+from flax.core import DenyList, meta, unfreeze
+
+from pae_jax.errors import StructureError
+from pae_jax.nets import network
+from pae_jax.nets.modes import bound, mode_arguments
+from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
+from pae_jax.trees import PARAMS, Tree
+
+DROPOUT = "dropout"
+Call = Callable[[Any, Tree, bool], Tree]
+
+
+def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] = ()) -> Program:
+    """Return a Linen module as pure functions of plain variables.
+
+    Args:
+      module: called as `module(x)`, with its own word for training if it has one, such as `train` or `deterministic`.
+      call: `(module, x, train) -> output`, for a module that is called otherwise.
+      streams: random streams besides "dropout" that the module draws from, in evaluation too.
+    """
+    evaluation_rngs = _rngs(jax.random.key(0), streams) if streams else None
+    axes: list[str] = []
+
+    def arguments(x: Tree, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if call is not None:
+            return (x, train), {"method": call}
+        after, named = mode_arguments(module, train)
+        return (x, *after), named
+
+    def init(key: jax.Array, x: Tree) -> dict[str, Tree]:
+        params_key, other = jax.random.split(key)
+        positional, named = arguments(x, False)
+        rngs = {PARAMS: params_key, **_rngs(other, streams)}
+
+        def make(left_out: Sequence[str]) -> Any:
+            return bound(lambda: module.init(rngs, *positional, **named, mutable=DenyList(left_out)), axes)
+
+        try:
+            variables = make(("intermediates",))
+            sown = [name for name in variables if name != PARAMS and _is_sown(lambda name=name: make((name,)))]
+            kept = make(("intermediates", *sown)) if sown else variables
+        except flax_errors.InvalidRngError as error:
+            raise _unnamed_stream(module, error) from error
+        return meta.unbox(unfreeze(kept))
+
+    def apply(variables: dict[str, Tree], x: Tree, train: bool, rngs: Rngs) -> tuple[Tree, dict[str, Tree]]:
+        positional, named = arguments(x, train)
+        mutable = DenyList(PARAMS)
+        if train:
+            every = dict(rngs) if isinstance(rngs, Mapping) else None if rngs is None else _rngs(rngs, streams)
+            if every and not isinstance(rngs, Mapping):
+                every[PARAMS] = every[DROPOUT]
+            run = lambda: module.apply(variables, *positional, **named, rngs=every, mutable=mutable)  # noqa: E731
+            out, updates = bound(run, axes)
+            return out, meta.unbox(unfreeze(updates))
+        try:
+            run = lambda: module.apply(variables, *positional, **named, rngs=evaluation_rngs)  # noqa: E731
+            return bound(run, axes), {}
+        except flax_errors.ModifyScopeVariableError:  # a cache, say; evaluation changes nothing that is kept
+            return module.apply(variables, *positional, **named, rngs=evaluation_rngs, mutable=mutable)[0], {}
+        except flax_errors.InvalidRngError as error:
+            raise _unnamed_stream(module, error) from error
+
+    return Program(init, apply, module, call)
+
+
+def _rngs(key: jax.Array, streams: Sequence[str]) -> dict[str, jax.Array]:
+    others = {name: jax.random.fold_in(key, index) for index, name in enumerate(streams)}
+    return {DROPOUT: key, **others}
+
+
+def _is_sown(make_without: Callable[[], Any]) -> bool:
+    """Say whether a module only sows into a collection: what is sown is an output, and may be left out."""
+    try:
+        jax.eval_shape(make_without)
+    except flax_errors.FlaxError:
+        return False
+    return True
+
+
+def _unnamed_stream(module: nn.Module, error: Exception) -> StructureError:
+    found = f"a random number drawn in evaluation ({str(error).splitlines()[0]})"
+    hint = (
+        'Name its stream, pae.linen(..., rngs=("noise",)): evaluation then draws from a fixed key. Or draw in training '
+        "alone."
+    )
+    return StructureError(type(module).__name__, "", found, "the same answer at every call", hint)
+
+
+def linen(
+    build: Callable[[float], nn.Module],
+    sample: Tree,
+    *,
+    packable: Callable[[str, Any], bool] = kernels_and_embeddings,
+    call: Call | None = None,
+    rngs: Sequence[str] = (),
+    free_axes: Sequence[int] | Mapping[str, Sequence[int]] = (),
+    couples_examples: bool = False,
+) -> Net:
+    """Describe a Flax Linen backbone.
+
+    Nothing in the model knows about packing; it is any module called as `module(x)` that returns features. If it has an
+    argument `train`, `training`, `is_training`, `deterministic` or `use_running_average`, that is set.
+
+    Args:
+      build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for
+        each width, so a build that should read another setting is another net.
+      sample: an input batch, any tree of arrays (batch, ...), concrete or abstract. Its shapes and dtypes describe the
+        inputs; its values, if it has any, are what trials of the model use for integers.
+      packable: `(path, leaf) -> bool` over the float leaves of `params`, path like "Conv_0/kernel": True makes the
+        leaf a shared weight, False a local variable kept once per task. Default: leaves of two or more axes.
+      call: `(module, x, train) -> features`, for a module that is called otherwise, for instance with several inputs.
+      rngs: names of random streams, besides "dropout", that the module draws from; evaluation draws from a fixed key.
+      free_axes: axes of the inputs whose sizes may change from batch to batch, such as `(1,)` for the length of token
+        sequences; a mapping `{path: axes}` where they differ from input to input.
+      couples_examples: accept a model whose answer for an example depends on the others in its batch, which `pack`
+        refuses otherwise: its answers are then the same bits for the same batch alone.
+
+    Returns:
+      The network description that every other function takes.
+
+    Raises:
+      StructureError: the sample has no batch axis. What `build` returns is checked at `init`.
+      ArgumentError: `free_axes` names an input or axis that the sample does not have.
+
+    Example:
+      >>> import jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> net.layout(1.0).features.shape
+      (1, 16)
+    """
+    source = getattr(build, "__name__", type(build).__name__)
+    abstract, example = network.read_sample(sample)
+    streams = tuple(rngs)
+
+    def program_of(width: float) -> Program:
+        module = network.require_module(build(width), nn.Module, source, "For NNX modules use pae.nnx.")
+        return program(module, call, streams)
+
+    axes = network.read_free_axes(abstract, free_axes)
+    return Net(program_of, abstract, example, packable, axes, source, "linen", streams, couples_examples)

@@ -1,0 +1,50 @@
+"""How a module is called: told that it trains, by the names Flax models give this argument, with its axes bound."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+TRAIN = ("train", "training", "is_training")
+EVALUATE = ("deterministic", "use_running_average")
+
+
+def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+    """Return the arguments of a call after x, by position and by name, that put a module into a mode.
+
+    An argument that comes right after x is given by position, which `nn.remat` with static arguments needs.
+    """
+    parameters = list(inspect.signature(type(model).__call__).parameters.values())[1:]
+    for index, parameter in enumerate(parameters):
+        if parameter.name in TRAIN + EVALUATE:
+            value = train if parameter.name in TRAIN else not train
+            if index == 1 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                return (value,), {}
+            return (), {parameter.name: value}
+    return (), {}
+
+
+def bound(call: Callable[[], Any], axes: list[str]) -> Any:
+    """Call a module; names of mapped axes that it asks for, as `BatchNorm(axis_name=)` does, are axes of size 1.
+
+    What it asked for is remembered in `axes`, so that later calls bind it at once.
+    """
+    while True:
+        mapped = call
+        for name in axes:
+            mapped = lambda inner=mapped, name=name: _of_size_one(inner, name)  # noqa: E731
+        try:
+            return mapped()
+        except NameError as error:
+            asked = re.search(r"unbound axis name: (\w+)", str(error))
+            if asked is None or asked[1] in axes:
+                raise
+            axes.append(asked[1])
+
+
+def _of_size_one(call: Callable[[], Any], name: str) -> Any:
+    return jax.vmap(lambda _: call(), in_axes=None, out_axes=None, axis_name=name, axis_size=1)(0)

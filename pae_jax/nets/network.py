@@ -1,0 +1,242 @@
+"""`Net`: a user's backbone as pure functions of plain trees, at any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from pae_jax import trees
+from pae_jax.caching import Cache
+from pae_jax.checks import is_traced
+from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.trees import PARAMS, Tree
+
+Rngs = jax.Array | Mapping[str, jax.Array] | None
+"""Randomness of one call: a key for all streams of a module, or `{stream: key}`; None where nothing is drawn."""
+
+_PROGRAMS, _LAYOUTS, _INITS = Cache(32), Cache(32), Cache(4)
+
+
+class Program(NamedTuple):
+    """A module without its variables.
+
+    Attributes:
+      init: `(key, x) -> variables`, `{collection: nested dict}`.
+      apply: `(variables, x, train, rngs) -> (output, updates)`; `updates` holds the collections other than `params`
+        after a call in training, what the module sowed included, and is empty when `train` is False.
+      module: the module itself; for NNX an abstract one.
+      call: `(module, x, train) -> output` where the user said how it is called; None otherwise.
+    """
+
+    init: Callable[[jax.Array, Tree], dict[str, Tree]]
+    apply: Callable[[dict[str, Tree], Tree, bool, Rngs], tuple[Tree, dict[str, Tree]]]
+    module: Any
+    call: Callable[[Any, Tree, bool], Tree] | None = None
+
+
+class Layout(NamedTuple):
+    """Shapes and dtypes of a backbone at one width."""
+
+    shared: Tree
+    local: Tree
+    features: Tree
+
+
+_VECTORS = ("bias", "scale", "offset", "shift", "gain", "alpha", "beta", "gamma", "negative_slope")
+
+
+def kernels_and_embeddings(path: str, leaf: Any) -> bool:
+    """Say which leaves of `params` are shared by default: kernels and embeddings, of two or more axes.
+
+    Biases, scales and whatever a norm holds stay with the task, also where stacked layers or attention heads give them
+    a second axis.
+    """
+    *modules, name = path.lower().split("/")
+    return len(leaf.shape) >= 2 and name not in _VECTORS and not any("norm" in module for module in modules[-1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Net:
+    """A backbone that exists at every width; made by `pae.linen` or `pae.nnx`.
+
+    Attributes:
+      build: `width -> Program`; called once per width.
+      sample: abstract input batch.
+      example: the input batch with its values, None where the sample had none.
+      packable: `(path in params, leaf) -> bool`: which float leaves are shared weights.
+      free_axes: `{path of an input: axes}` whose sizes may change from batch to batch, the batch axis not counted.
+      source: what to call the model in messages.
+      kind: "linen" or "nnx".
+      rngs: streams of random numbers that evaluation draws too, from a fixed key.
+      couples_examples: whether an answer may depend on the other examples of the batch.
+    """
+
+    build: Callable[[float], Program]
+    sample: Tree
+    example: Tree
+    packable: Callable[[str, Any], bool]
+    free_axes: Mapping[str, tuple[int, ...]]
+    source: str
+    kind: str
+    rngs: tuple[str, ...] = ()
+    couples_examples: bool = False
+
+    def __repr__(self) -> str:
+        return f"Net({self.source}, {self.kind}, sample {trees.sketch(self.sample)})"
+
+    def program(self, width: float) -> Program:
+        """Return the backbone of a width."""
+        return _PROGRAMS.get((self, width), lambda: self.build(width))
+
+    def layout(self, width: float) -> Layout:
+        """Return shapes and dtypes at a width, without computing anything."""
+        return _LAYOUTS.get((self, width), lambda: self._layout(width))
+
+    def initial(self, key: jax.Array, width: float) -> tuple[Tree, Tree]:
+        """Draw `(shared, local)` as the model initialises itself."""
+        return _INITS.get((self, width), lambda: jax.jit(lambda key: self._initial(key, width)))(key)
+
+    def split(self, variables: dict[str, Tree]) -> tuple[Tree, Tree]:
+        """Split the variables of a backbone into `(shared, local)`."""
+        return trees.split(variables, lambda path, leaf: bool(self.packable(path, leaf)))
+
+    def _initial(self, key: jax.Array, width: float) -> tuple[Tree, Tree]:
+        return self.split(self.program(width).init(key, zeros(self.sample)))
+
+    def _layout(self, width: float) -> Layout:
+        program = self.program(width)
+        variables = _initial_shapes(program, self.sample)
+        _require_supported(variables, self.source)
+        _require_no_batch_axis(program, self.sample, variables, self.source)
+        shared, local = self.split(variables)
+        if not shared:
+            wanted = "at least one float leaf of two or more axes in params"
+            hint = "Pass packable= to name other leaves."
+            raise StructureError(self.source, "", "no leaf that can be shared", wanted, hint)
+        features, _ = jax.eval_shape(lambda v, x: program.apply(v, x, False, None), variables, self.sample)
+        require_batch_axis(features, batch_size(self.sample), self.source, "features")
+        return Layout(shared, local, features)
+
+
+def batch_size(tree: Tree) -> int:
+    """Return the length of the leading axis of a batch."""
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def require_batch_axis(outputs: Tree, count: int, source: str, what: str) -> None:
+    """Raise `StructureError` unless outputs are arrays that start with the batch axis."""
+    found = trees.flatten(outputs)
+    if not found:
+        raise StructureError(source, "", f"no {what}", f"a tree of {what} (batch, ...)")
+    for path, leaf in found.items():
+        if not hasattr(leaf, "shape") or leaf.shape[:1] != (count,):
+            name = f"{what} {path}".strip()
+            raise StructureError(source, name, trees.describe(leaf), f"an array of {count} examples (batch, ...)")
+
+
+def require_module(model: Any, kind: type, source: str, hint: str) -> Any:
+    """Return what a builder made, or raise `StructureError` unless it is a module of a kind."""
+    if not isinstance(model, kind):
+        raise StructureError(source, "", type(model).__name__, f"a {kind.__module__}.{kind.__name__}", hint)
+    return model
+
+
+def zeros(sample: Tree) -> Tree:
+    """Return a batch of zeros of the sample's shapes."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sample)
+
+
+def read_sample(sample: Tree) -> tuple[Tree, Tree]:
+    """Return a sample batch as shapes and dtypes, and with its values, None if it has none."""
+    arrays = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), sample)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(arrays)]
+    if not shapes or not all(shapes):
+        raise StructureError("sample", "", shapes, "arrays with a leading batch axis")
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)), arrays
+    )
+    concrete = all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in jax.tree.leaves(arrays))
+    return abstract, arrays if concrete and not is_traced(arrays) else None
+
+
+def read_free_axes(sample: Tree, axes: Any) -> dict[str, tuple[int, ...]]:
+    """Return `{path of an input: axes}` from one tuple for all inputs, or from a mapping of their paths."""
+    leaves = trees.flatten(sample)
+    if not isinstance(axes, Mapping):
+        axes = dict.fromkeys(leaves, axes) if axes else {}
+    for path, chosen in axes.items():
+        if path not in leaves:
+            raise ArgumentError(f"free_axes names input {path!r}; the sample has: {', '.join(map(repr, leaves))}")
+        rank = len(leaves[path].shape)
+        if isinstance(chosen, (str, int)) or not all(isinstance(axis, int) and 0 < axis < rank for axis in chosen):
+            found = f"{chosen!r} for an input of {rank} axes"
+            raise ArgumentError(f"free_axes holds tuples of axes 1..{rank - 1}, the batch axis is 0; found {found}")
+    return {path: tuple(chosen) for path, chosen in axes.items()}
+
+
+def width_for(size_ratio: float) -> float:
+    """Convert a size ratio into a width.
+
+    `width = sqrt(size_ratio)`: a kernel has (channels in) x (channels out) weights, so r times the weights needs
+    sqrt(r) times the channels.
+
+    Args:
+      size_ratio: wanted number of weights over the number at width 1, positive.
+
+    Returns:
+      The channel factor to hand to `build`, `init` or `expand`.
+
+    Raises:
+      ArgumentError: not a positive finite number.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> pae.width_for(2.25)
+      1.5
+
+    Source: Hung et al., "Packing and Expanding", ICMR 2019 (`filters_expand_ratio`).
+    """
+    if not isinstance(size_ratio, (int, float, np.number)) or not (math.isfinite(size_ratio) and size_ratio > 0):
+        raise ArgumentError(f"size_ratio must be positive and finite, found {size_ratio!r}")
+    return math.sqrt(size_ratio)
+
+
+def _initial_shapes(program: Program, sample: Tree) -> dict[str, Tree]:
+    return jax.eval_shape(lambda: program.init(jax.random.key(0), zeros(sample)))
+
+
+def _require_no_batch_axis(program: Program, sample: Tree, variables: dict[str, Tree], source: str) -> None:
+    """Raise `StructureError` where a variable has another shape in another batch: no other batch could use it."""
+    larger = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype), sample)
+    try:
+        others = trees.flatten(_initial_shapes(program, larger))
+    except Exception:  # a model for one batch size alone, which says so itself when it gets another
+        return
+    for path, leaf in trees.flatten(variables).items():
+        if path in others and others[path].shape != leaf.shape:
+            found = f"{trees.describe(leaf)} for one batch and {trees.describe(others[path])} for a larger one"
+            hint = "Make it in the call, or reduce it over the batch: a variable outlives the batch it was made in."
+            raise StructureError(source, path, found, "a variable without a batch axis", hint)
+
+
+def _require_supported(variables: dict[str, Tree], source: str) -> None:
+    entries: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(variables))
+    for keys, leaf in entries.items():
+        if not hasattr(leaf, "shape") or not math.prod(leaf.shape):
+            hint = "Variables are nested dicts of arrays; containers such as tuples, and empty arrays, are not."
+            raise StructureError(source, "/".join(keys), trees.describe(leaf), "one array with entries", hint)
+    for path, leaf in trees.flatten(variables).items():
+        numeric = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_
+        trained = path.split("/", 1)[0] == PARAMS
+        if not numeric or (trained and not jnp.issubdtype(leaf.dtype, jnp.floating)):
+            expected = "a float array, because params are trained" if trained else "a numeric array"
+            raise StructureError(
+                source, path, trees.describe(leaf), expected, "Keep such values out of the module's variables."
+            )

@@ -1,0 +1,1 @@
+"""Tables and pictures: who owns what, and how large it is."""

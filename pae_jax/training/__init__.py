@@ -1,0 +1,1 @@
+"""Training of the newest task: the train state, the steps, the loop, evaluation."""

@@ -1,0 +1,306 @@
+"""Data as users have it, checked and cut into batches: arrays, factories of batches, iterables such as Grain."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.caching import Cache
+from pae_jax.checks import check_count
+from pae_jax.errors import DataError
+from pae_jax.nets import heads
+from pae_jax.nets.forward import task_function
+from pae_jax.nets.inputs import examples, read_inputs
+from pae_jax.nets.network import Net
+from pae_jax.trees import Tree, flatten, sketch
+
+Batch = tuple[Tree, Tree]
+Augment = Callable[..., Any]
+"""`(key, x) -> x` or `(key, x, y) -> (x, y)`, compiled into the step."""
+_LABELS = ("label", "labels")
+_OUTPUTS = Cache(64)
+
+
+class Feed(NamedTuple):
+    """Checked data.
+
+    Attributes:
+      epoch: `(epoch, key) -> iterator of (x, y)`; with key None the batches come in order and none is left out.
+      steps: batches per epoch of training, None if unknown.
+      arrays: `(x, y)` where the data is arrays, None otherwise.
+      order: with arrays, `(epoch, key) -> positions (steps, batch)` of the batches that `epoch` gives.
+    """
+
+    epoch: Callable[[int, jax.Array | None], Iterator[Batch]]
+    steps: int | None
+    arrays: Batch | None = None
+    order: Callable[[int, jax.Array], np.ndarray] | None = None
+
+    def size(self, batch_size: int) -> int:
+        """Return the examples of a training batch where so many are asked for: no more than there are."""
+        return batch_size if self.arrays is None else min(batch_size, examples(self.arrays))
+
+
+class Form(NamedTuple):
+    """What a batch must look like.
+
+    Attributes:
+      net: the network, for the shapes and dtypes that inputs must have.
+      width: its width.
+      head: the task's head, for the shape and range of labels.
+      classes: whether labels must be class numbers (the default loss needs them).
+      augment: `(key, x, y) -> (x, y)`; what it makes of a batch must fit the network, whatever the batch is.
+      keeps_labels: whether the augmentation leaves the labels as they are.
+    """
+
+    net: Net
+    width: float
+    head: Any
+    classes: bool
+    augment: Augment | None = None
+    keeps_labels: bool = True
+
+    def output(self, x: Tree, train: bool = False) -> Tree:
+        """Return the task's abstract output for inputs; a head of the user's own may give more in training."""
+        shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, s.dtype), x, self.net.sample)
+
+        def make() -> Tree:
+            layout, (variables, _) = self.net.layout(self.width), heads.layout(self.net, self.head, self.width)
+            apply = task_function(self.net, self.width, self.head, train)
+            return jax.eval_shape(apply, layout.shared, layout.local, variables, shapes)
+
+        train = train and not isinstance(self.head, int)
+        sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+        return _OUTPUTS.get((self.net, self.width, heads.key_of(self.head), sizes, train), make)
+
+
+def form(net: Net, width: float, head: Any, classes: bool, augment: Augment | None = None) -> Form:
+    """Return the form of a task's batches."""
+    if augment is None:
+        return Form(net, width, head, classes)
+    if _positional(augment) >= 3:
+        return Form(net, width, head, classes, augment, False)
+    return Form(net, width, head, classes, _InputsAlone(augment))
+
+
+@dataclass(frozen=True)
+class _InputsAlone:
+    """An augmentation `(key, x) -> x` as `(key, x, y) -> (x, y)`."""
+
+    augment: Augment
+
+    def __call__(self, key: jax.Array, x: Tree, y: Tree) -> Batch:
+        augment: Any = self.augment
+        return augment(key, x), y
+
+
+def _positional(function: Any) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def feed(data: Any, form: Form, batch_size: int) -> Feed:
+    """Turn data into batches.
+
+    Args:
+      data: arrays `(x, y)` or `{"image": x, "label": y}`; a factory `epoch -> iterator of batches`; an iterable of
+        batches that can be read again for each epoch, such as a list or a Grain dataset; or a `Feed`, as it is.
+      form: what a batch must look like.
+      batch_size: examples per batch; batches that the data brings are taken as they are.
+
+    Raises:
+      DataError: empty data, x and y of different lengths, NaN or infinity, labels outside the head's range.
+      StructureError: inputs of a wrong shape or dtype.
+    """
+    if isinstance(data, Feed):
+        return data
+    batch_size = check_count("batch_size", batch_size, 1)
+    if _is_arrays(data):
+        x, y = jax.tree.map(np.asarray, _checked(form, data, "data"))
+        return _array_feed(x, y, batch_size)
+    make: Callable[[int], Iterable[Any]]
+    if callable(data):
+        make = cast("Callable[[int], Iterable[Any]]", data)
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+        if iter(data) is data:
+            raise DataError(
+                "data is an iterator, which can be read only once. Pass a factory `epoch -> iterator` or an iterable."
+            )
+        make = lambda epoch: iter(data)  # noqa: E731
+    else:
+        raise DataError(f"data must be (x, y) arrays, a factory of batches or an iterable, found {type(data).__name__}")
+
+    def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
+        # The data orders itself; a stream of ours that leaves out a remainder gives all of it to be measured.
+        complete = getattr(data, "complete", None) if key is None else None
+        empty = True
+        for number, batch in enumerate(make(index) if complete is None else complete()(index)):
+            empty = False
+            yield _checked(form, batch, f"batch {number} of epoch {index}")
+        if empty:
+            raise DataError(f"data gave no batch in epoch {index}")
+
+    return Feed(epoch, len(data) if isinstance(data, Sized) else None)
+
+
+def pad(batch: Batch, size: int) -> tuple[Tree, Tree, np.ndarray]:
+    """Fill a batch up to a size by repeating its first example; return x, y and weights, 0 for the filling."""
+    count = examples(batch)
+    index = np.concatenate([np.arange(count), np.zeros(max(size - count, 0), np.int64)])
+    weights = (np.arange(len(index)) < count).astype(np.float32)
+    x, y = jax.tree.map(lambda leaf: np.asarray(leaf)[index], batch)
+    return x, y, weights
+
+
+def _is_arrays(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return True
+    if not isinstance(data, tuple) or len(data) not in (2, 3):
+        return False
+    return len(data) == 2 or not all(isinstance(part, (tuple, list, Mapping)) for part in data)
+
+
+def _array_feed(x: Tree, y: Tree, batch_size: int) -> Feed:
+    count = examples((x, y))
+    size = min(batch_size, count)
+    steps = count // size
+
+    def order(index: int, key: jax.Array) -> np.ndarray:
+        # Full batches only: a ragged last one would compile the train step again. The permutation differs from epoch
+        # to epoch, so no example stays out.
+        seed = np.asarray(jax.random.key_data(jax.random.fold_in(key, index)))
+        return np.random.default_rng(seed).permutation(count)[: steps * size].reshape(steps, size)
+
+    def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
+        if key is None:
+            batches: Iterable[Any] = (slice(start, start + size) for start in range(0, count, size))
+        else:
+            batches = order(index, key)
+        for chosen in batches:
+            yield jax.tree.map(lambda leaf: leaf[chosen], (x, y))  # noqa: B023
+
+    return Feed(epoch, steps, (x, y), order)
+
+
+def _checked(form: Form, batch: Any, where: str) -> Batch:
+    x, y = _pair(form.net, batch, where)
+    x, y = _stacked(x), _labels(y)
+    if form.augment is None:
+        seen = x = jax.tree.map(_native, read_inputs(form.net, x))
+    else:
+        x = jax.tree.map(_native, x)
+        seen, _ = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
+        read_inputs(form.net, seen)
+    for path, leaf in flatten(y).items():
+        if np.ndim(leaf) < 1:
+            raise DataError(f"{where}: y {path} must have a leading batch axis, found a scalar".replace("  ", " "))
+    named = {f"x {path}".strip(): leaf for path, leaf in flatten(x).items()}
+    named |= {f"y {path}".strip(): leaf for path, leaf in flatten(y).items()}
+    lengths = {name: len(leaf) for name, leaf in named.items()}
+    first, *others = lengths
+    for name in others:
+        if lengths[name] != lengths[first]:
+            found = f"{lengths[first]} examples and {name} has {lengths[name]}"
+            raise DataError(f"{where}: {first} has {found}; they must be equal")
+    if not lengths[first]:
+        raise DataError(f"{where}: no examples; at least 1 is needed")
+    for name, leaf in named.items():
+        _require_finite(leaf, f"{where}: {name}")
+    if form.classes and form.keeps_labels:
+        _check_classes(y, form.output(seen), where)
+    return x, y
+
+
+def _pair(net: Net, batch: Any, where: str) -> Batch:
+    """Return `(x, y)` of a batch as users have it."""
+    if isinstance(batch, Mapping):
+        found = f"found {sorted(map(str, batch))}"
+        labels = [name for name in _LABELS if name in batch]
+        if len(labels) != 1:
+            raise DataError(f"{where}: a dict needs 'image' and 'label', {found}")
+        rest = {name: leaf for name, leaf in batch.items() if name not in labels}
+        if isinstance(net.sample, dict) and net.sample.keys() <= rest.keys():
+            return {name: rest[name] for name in net.sample}, batch[labels[0]]
+        if "image" not in rest and len(rest) != 1:
+            raise DataError(f"{where}: a dict needs 'image' and 'label', or the inputs by their names, {found}")
+        return rest.get("image", next(iter(rest.values()))), batch[labels[0]]
+    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        return batch[0], batch[1] if len(batch) == 2 else tuple(batch[1:])
+    raise DataError(f"{where}: expected (x, y) or a dict with 'image' and 'label', found {sketch(batch)}")
+
+
+def _labels(y: Tree) -> Tree:
+    """Return labels as arrays: lists are arrays, dicts and tuples hold several; bool counts as class numbers."""
+    if isinstance(y, Mapping):
+        return {name: _labels(part) for name, part in y.items()}
+    if isinstance(y, tuple) and not hasattr(y, "_fields"):
+        return tuple(_labels(part) for part in y)
+    if isinstance(y, list):
+        return _labels(_as_one(y, "y"))
+    return jax.tree.map(
+        lambda leaf: leaf.astype(np.int32) if leaf.dtype == np.bool_ else leaf, jax.tree.map(_native, y)
+    )
+
+
+def _stacked(x: Tree) -> Tree:
+    return _as_one(x, "x") if isinstance(x, list) and x and not isinstance(x[0], (dict, tuple)) else x
+
+
+def _as_one(parts: list[Any], name: str) -> np.ndarray:
+    try:
+        return np.asarray(parts)
+    except ValueError as error:
+        raise DataError(f"{name} is a {sketch(parts)}, which are of different shapes and make no array") from error
+
+
+def _native(leaf: Any) -> Any:
+    """Return an array in this machine's byte order."""
+    array = leaf if isinstance(leaf, (np.ndarray, jax.Array)) else np.asarray(leaf)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def _require_finite(leaf: Any, place: str) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return
+    if leaf.dtype == np.float64:  # the network computes in float32 at most
+        with np.errstate(over="ignore"):
+            leaf = np.asarray(leaf, np.float32)
+    module = jnp if isinstance(leaf, jax.Array) else np
+    if bool(module.isfinite(leaf).all()):
+        return
+    flat = np.asarray(leaf).reshape(len(leaf), -1)
+    first = int(np.flatnonzero(~np.isfinite(flat.astype(np.float32)).all(axis=1))[0])
+    raise DataError(f"{place} holds NaN or infinity, first in example {first}; remove or repair such examples")
+
+
+def _check_classes(y: Tree, output: Tree, where: str) -> None:
+    """Raise `DataError` unless labels are class numbers of an output, as the default loss needs them."""
+    if not hasattr(y, "dtype") or not hasattr(output, "shape") or len(output.shape) < 2:
+        found = f"labels {sketch(y)} and outputs {sketch(output)}"
+        raise DataError(
+            f"{where}: the default loss takes one array of class numbers and one of logits, found {found}; pass loss="
+        )
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise DataError(f"{where}: labels must be integers for the default loss, found {y.dtype}; pass loss= else")
+    if y.shape[1:] != output.shape[1:-1]:
+        wanted = "".join(f", {size}" for size in output.shape[1:-1]) or ","
+        raise DataError(f"{where}: labels have shape {y.shape}, expected (batch{wanted})")
+    low, high, classes = int(y.min()), int(y.max()), output.shape[-1]
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{where}: labels lie in {low}..{high}, but the head has {classes} outputs, so 0..{classes - 1} is valid. "
+            "Renumber the labels, pack the task with a larger head, or pass a loss of your own."
+        )

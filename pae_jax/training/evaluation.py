@@ -1,0 +1,180 @@
+"""Finished or unfinished tasks on data: `evaluate`, `predict`, `features`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pae_jax.core import integrity, ownership
+from pae_jax.core.state import State, TaskState, find
+from pae_jax.nets.forward import apply_backbone, apply_task
+from pae_jax.nets.inputs import as_inputs, examples, in_pieces
+from pae_jax.nets.network import Net
+from pae_jax.training.batches import Feed, Form, feed, form, pad
+from pae_jax.training.losses import Loss, LossPer, Objective, Values, objective
+from pae_jax.training.steps import eval_step
+from pae_jax.trees import Tree, abstract, merge
+
+EVAL_BATCH = 256
+
+
+def evaluate(
+    net: Net,
+    state: State,
+    task: str,
+    data: Any,
+    *,
+    batch_size: int = EVAL_BATCH,
+    loss: Loss | None = None,
+    loss_per: LossPer = "example",
+    metrics: Mapping[str, Values] | None = None,
+) -> dict[str, float]:
+    """Measure a task; every example counts once, and no array of the state changes.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      data: as for `fit`; the last batch is filled up and its filling weighted 0.
+      batch_size: examples per batch when `data` is arrays.
+      loss: as for `fit`.
+      loss_per: as for `fit`. "batch" averages the losses of whole batches by their examples; so it depends on
+        `batch_size`.
+      metrics: `{name: (outputs, y) -> one number per example}`, averaged. None: the accuracy, if there is no own loss.
+
+    Returns:
+      `{"accuracy": ..., "loss": ..., "count": ...}`, or the metrics in place of the accuracy.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      DataError, StructureError: unusable data, or a loss that is not what `loss_per` says; named.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.evaluate(net, state, "a", (jnp.ones((10, 4)), jnp.zeros(10, int)), batch_size=4)["count"]
+      10
+    """
+    entry = find(state, task)
+    integrity.require_own_net(net, state, [entry])
+    wanted = objective(loss, loss_per, metrics)
+    shape = form(net, entry.width, entry.head_spec, wanted.takes_classes)
+    return evaluate_state(net, state, task, feed(data, shape, batch_size), wanted)
+
+
+def evaluate_state(net: Net, state: State, task: str, batches: Feed, wanted: Objective) -> dict[str, float]:
+    """Do the work of `evaluate` on checked batches."""
+    entry = find(state, task)
+    variables = merge(ownership.task_weights(state, entry), entry.local)
+    return Evaluation(form(net, entry.width, entry.head_spec, wanted.takes_classes), wanted).run(
+        variables, entry.head, batches
+    )
+
+
+class Evaluation:
+    """One way to measure a task, whose functions are looked at once."""
+
+    def __init__(self, form: Form, objective: Objective):
+        self.form, self.objective, self._step = form, objective, None
+
+    def check(self, batches: Feed) -> None:
+        """Raise where data in arrays cannot be measured, before anything is trained."""
+        if batches.arrays is not None:
+            self._prepare(next(batches.epoch(0, None)))
+
+    def run(self, backbone: Tree, head: Tree, batches: Feed) -> dict[str, float]:
+        """Return the means over all examples of batches."""
+        sums: list[dict[str, jax.Array]] = []
+        count = size = 0
+        for batch in batches.epoch(0, None):
+            step = self._step or self._prepare(batch)
+            found = examples(batch)
+            size = found if self.objective.per == "batch" else max(size, found)
+            x, y, weight = pad(batch, size)
+            sums.append(step(backbone, head, as_inputs(self.form.net, x), y, weight))
+            count += found
+        totals = {name: float(sum(float(part[name]) for part in sums)) for name in sums[0]}
+        return {name: totals[name] / count for name in sorted(totals)} | {"count": count}
+
+    def _prepare(self, batch: Any) -> Any:
+        x, y = batch
+        out, labels = self.form.output(x), abstract(y)
+        self.objective.check(out, labels)
+        few = min(8, examples(batch))
+        first = jax.tree.map(lambda leaf: leaf[:few], y)
+        self.objective.check_scalar(
+            jax.tree.map(lambda o: jax.ShapeDtypeStruct((few, *o.shape[1:]), o.dtype), out), first
+        )
+        texts = self.objective.text(out, labels)
+        self._step = eval_step(self.form.net, self.form.width, self.form.head, self.objective, texts)
+        return self._step
+
+
+def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | None = None) -> Tree:
+    """Return a task's output, computed at the task's own width with the weights it sees.
+
+    For a frozen task it is the same bits for ever: through later pack, fit, prune, freeze, expand, save and load
+    (same machine, same JAX, same batch shape).
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      x: inputs (batch, ...), shapes and dtypes as in the net's sample.
+      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+
+    Returns:
+      The head's output: an array, or a tree of arrays, (batch, ...).
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      StructureError: inputs of a wrong shape or dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.predict(net, state, "a", jnp.ones((3, 4))).shape
+      (3, 2)
+    """
+    entry = find(state, task)
+    apply = apply_task(net, entry.width, entry.head_spec)
+    return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, entry.head, x))
+
+
+def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | None = None) -> Tree:
+    """Return the features that a task's head would get; otherwise like `predict`.
+
+    Args:
+      net: the network description the state was made with.
+      state: the network.
+      task: name of a task, in any phase.
+      x: inputs (batch, ...), shapes and dtypes as in the net's sample.
+      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+
+    Returns:
+      The backbone's output (batch, ...) at the task's own width.
+
+    Raises:
+      UnknownTaskError: no task of this name.
+      StructureError: inputs of a wrong shape or dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> pae.features(net, state, "a", jnp.ones((3, 4))).shape
+      (3, 16)
+    """
+    entry = find(state, task)
+    apply = apply_backbone(net, entry.width)
+    return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, x))
+
+
+def _run(net: Net, state: State, entry: TaskState, x: Tree, batch_size: int | None, apply: Any) -> Tree:
+    integrity.require_own_net(net, state, [entry])
+    weights = ownership.task_weights(state, entry)
+    return in_pieces(net, x, batch_size, lambda x: apply(weights, x))

@@ -1,0 +1,515 @@
+"""`TrainState`: a task in training as one pytree, for your own step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
+from pae_jax.core import flax, integrity, ownership, picking, pruning
+from pae_jax.core.picking import Picking
+from pae_jax.core.pruning import Of
+from pae_jax.core.selection import Scope
+from pae_jax.core.state import State, find_trainable, names
+from pae_jax.errors import ArgumentError, ForgettingError, UnknownTaskError
+from pae_jax.nets import heads
+from pae_jax.nets.network import Net, Rngs
+from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
+
+PARTS = ("shared", "local", "head", "pick")
+_STATIC = ("net", "width", "head_spec", "sharing", "picking", "tx")
+Params = dict[str, Tree]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainState:
+    """A task in training: what Flax's `TrainState` is, with the gate built in. A pytree; make it by `create`.
+
+    Task id and owners are arrays, so tasks of one width and head share the compiled step. Of `params`, only what the
+    task owns is ever read: wherever parameters come in (`apply_fn`, `replace`, `apply_gradients`), entries that the
+    task does not own are those of this state. So averages, perturbations and guesses of an optimizer are safe.
+
+    Attributes:
+      step: int32 scalar, gradients applied so far.
+      params: what is trained: `{"shared": ..., "local": ..., "head": ...}`, and `"pick"`, the scores of older weights,
+        for a task of sharing "picked". Shared weights of which the task owns nothing are not among them.
+      opt_state: state of `tx`, over the same tree, 0 where the task owns nothing.
+      variables: everything else the model needs: `{"backbone": {collection: ...}, "head": {collection: ...}}`.
+      owner: owner ids of all shared weights.
+      task_id: int8 scalar.
+      key: random key from which steps draw; None without.
+      slow: the slow parameters of `optax.lookahead`; None with every other optimizer.
+      net, width, head_spec, sharing, picking, tx: static, what the step is compiled from.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> ts = pae.TrainState.create(net, state, "a", tx=optax.adam(0.01), key=jax.random.key(2))
+      >>> @jax.jit
+      ... def step(ts, x, y):
+      ...     def loss(params):
+      ...         out, updates = ts.apply_fn(params, x, train=True)
+      ...         return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), updates
+      ...     (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(ts.params)
+      ...     return ts.apply_gradients(grads=grads, updates=updates), value
+      >>> ts, value = step(ts, jnp.ones((8, 4)), jnp.zeros(8, int))
+      >>> state = ts.prune(0.5).commit(net, state)
+      >>> pae.free_fraction(state)
+      0.5
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    variables: dict[str, Tree]
+    owner: Tree
+    task_id: jax.Array
+    key: jax.Array | None
+    slow: Params | None
+    net: Any
+    width: float
+    head_spec: Any
+    sharing: str
+    picking: Picking | None
+    tx: Any
+
+    @classmethod
+    def create(
+        cls,
+        net: Net,
+        state: State,
+        task: str,
+        *,
+        tx: Any,
+        key: jax.Array | None = None,
+        parts: Collection[str] = PARTS,
+    ) -> TrainState:
+        """Start to train a task.
+
+        Args:
+          net: the network description the state was made with.
+          state: the network; its arrays are copied, so this state may be donated.
+          task: the newest task, not frozen.
+          tx: an optax transformation, `optax.MultiSteps`, or an optimizer of `pae.recipes`.
+          key: random key of dropout and the like in calls of `apply_fn` without `rngs`; None if every call has its own.
+          parts: what is trained, of "shared", "local", "head" and "pick". Without "local" the backbone runs as in
+            evaluation, without "head" so does the head.
+
+        Returns:
+          A train state at step 0.
+
+        Raises:
+          UnknownTaskError, PhaseError: no such task, or it is frozen.
+          StructureError: the state belongs to another model.
+          ArgumentError: an unknown part, or `tx` is no optimizer.
+        """
+        entry = find_trainable(state, task, "TrainState.create")
+        integrity.require_own_net(net, state, [entry])
+        for part in parts:
+            check_choice("parts", part, PARTS)
+        task_id = ownership.id_array(entry.id)
+        picks = entry.pick is not None
+        weights = ownership.seen_weights(state, entry) if picks else ownership.task_weights(state, entry)
+        own, _ = ownership.counts(state.owner, task_id)
+        owns = [True] * len(jax.tree.leaves(weights)) if is_traced(own) else (np.asarray(own) > 0).tolist()
+        flat = traverse_util.flatten_dict(weights)
+        moving = [path for path, some in zip(_paths(weights), owns, strict=True) if some and "shared" in parts]
+        local, head = entry.local.get(PARAMS, {}), entry.head.get(PARAMS, {})
+        everything = {"shared": traverse_util.unflatten_dict({path: flat[path] for path in moving})}
+        everything |= {"local": local, "head": head} | ({"pick": entry.pick} if picks else {})
+        params = {part: everything[part] for part in PARTS if part in everything and part in parts}
+        still = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path not in set(moving)})
+        backbone = {**entry.local, PARAMS: _joined(still, {} if "local" in params else local)}
+        output = {**entry.head, PARAMS: {} if "head" in params else head}
+        kept = {"backbone": backbone, "head": output} | ({} if "pick" in params or not picks else {"pick": entry.pick})
+        copied = jax.tree.map(jnp.copy, (params, kept, state.owner))
+        made = cls(
+            step=jnp.zeros((), jnp.int32),
+            params=copied[0],
+            opt_state=None,
+            variables=copied[1],
+            owner=copied[2],
+            task_id=task_id,
+            key=None if key is None else jnp.copy(check_key(key)),
+            slow=None,
+            net=net,
+            width=entry.width,
+            head_spec=entry.head_spec,
+            sharing="all" if entry.sharing == "picked" and not picks else entry.sharing,
+            picking=entry.picking if picks else None,
+            tx=tx,
+        )
+        return made._started()
+
+    def _started(self) -> TrainState:
+        seen = self.own(self.params)
+        # An optimizer may keep one array in two places, which could not be donated.
+        opt_state = jax.tree.map(jnp.copy, transformation(self.tx).init(seen))
+        slow = jax.tree.map(jnp.copy, seen) if isinstance(opt_state, optax.LookaheadState) else None
+        return dataclasses.replace(self, opt_state=opt_state, slow=slow)
+
+    def replace(self, **changes: Any) -> TrainState:
+        """Return a state with some fields replaced; of `params`, what the task does not own stays as it is."""
+        if "params" in changes:
+            changes["params"] = self._pinned(changes["params"])
+        return dataclasses.replace(self, **changes)
+
+    def apply_fn(self, params: Params, x: Tree, train: bool = False, rngs: Rngs = None) -> tuple[Tree, dict[str, Tree]]:
+        """Run the task.
+
+        Args:
+          params: as `self.params`, or an average of such, or any other values for them.
+          x: inputs (batch, ...), as in the net's sample.
+          train: whether dropout draws and running statistics move.
+          rngs: a random key, or `{stream: key}`; None draws from `self.key` and `self.step`.
+
+        Returns:
+          `(output, updates)`; updates are for `apply_gradients`: the collections after this call, what modules sowed
+          included, `{"backbone": {collection: ...}, "head": {...}}`, empty unless `train`.
+        """
+        if rngs is None and train and self.key is not None:
+            rngs = jax.random.fold_in(self.key, self.step)
+        first, second = jax.random.split(rngs) if isinstance(rngs, jax.Array) else (rngs, rngs)
+        return self.run(params, x, train, first, second)
+
+    def run(self, params: Params, x: Tree, train: bool, rngs: Rngs, head_rngs: Rngs) -> tuple[Tree, dict[str, Tree]]:
+        """Do the work of `apply_fn`, with the randomness of backbone and head."""
+        backbone, head = self.model_variables(params)
+        program, output = self.net.program(self.width), heads.program(self.head_spec)
+        features, moved = program.apply(backbone, x, train and "local" in self.params, rngs)
+        out, head_moved = output.apply(head, features, train and "head" in self.params, head_rngs)
+        return out, {"backbone": moved, "head": head_moved} if train else {}
+
+    def apply_gradients(self, *, grads: Params, updates: dict[str, Tree] | None = None, **extra: Any) -> TrainState:
+        """Take a step of the optimizer; nothing that the task does not own moves by a bit.
+
+        `w <- where(owner == k, w + update, w)`. The optimizer sees parameters and gradients with 0 where the task owns
+        nothing, so norms and decay take no notice of other tasks.
+
+        Args:
+          grads: as `self.params`.
+          updates: what `apply_fn` returned; None leaves running statistics as they are.
+          extra: arguments of the optimizer such as `value`, `grad`, `value_fn` and `grad_fn`; functions get whole
+            parameters and gradients are masked.
+
+        Returns:
+          A new state.
+        """
+        if "grad" in extra:
+            extra["grad"] = self.own(extra["grad"])
+        changes, opt_state = self.proposed(self.own(grads), extra)
+        return self.moved(changes, opt_state, updates or {})
+
+    def proposed(self, grads: Params, extra: dict[str, Any]) -> tuple[Any, Any]:
+        """Return `(changes of the parameters, optimizer state)`; gradients are 0 where the task owns nothing."""
+        seen = self.own(self.params)
+        tx = optax.with_extra_args_support(transformation(self.tx))
+        known = seen if self.slow is None else optax.LookaheadParams(seen, self.slow)
+        return tx.update(grads, self.opt_state, known, **self._whole(extra))
+
+    def moved(
+        self, changes: Any, opt_state: Any, updates: dict[str, Tree], good: jax.Array | None = None
+    ) -> TrainState:
+        """Return the state after changes of the parameters and collections.
+
+        With `good`, a value is taken only where `good` holds and it is finite.
+        """
+        slow: Any = self.slow
+        if isinstance(changes, optax.LookaheadParams):
+            new_slow: Any = optax.apply_updates(slow, changes.slow)
+            slow, changes = self.own(new_slow), changes.fast
+        new: Any = optax.apply_updates(self.params, changes)
+        variables = {part: _moved(tree, updates.get(part, {})) for part, tree in self.variables.items()}
+        if good is None:
+            params = self._pinned(new)
+        else:
+            accept = lambda mask, new, old: jnp.where(mask & good & jnp.isfinite(new), new, old)  # noqa: E731
+            masks, everywhere = self._masks(), lambda tree: jax.tree.map(lambda leaf: True, tree)
+            params = {
+                part: jax.tree.map(accept, masks.get(part, everywhere(tree)), tree, self.params[part])
+                for part, tree in new.items()
+            }
+            keep = lambda new, old: new if new is old else accept(True, new, old)  # noqa: E731
+            variables = jax.tree.map(keep, variables, self.variables)
+        return dataclasses.replace(
+            self, step=self.step + 1, params=params, opt_state=opt_state, variables=variables, slow=slow
+        )
+
+    def prune(self, fraction: float | jax.Array, *, scope: Scope = "leaf", of: Of = "available") -> TrainState:
+        """Release the smallest weights of the task until a fraction of its room is free, as `pae.prune`.
+
+        Args:
+          fraction: share in [0, 1]; may be traced.
+          scope: "leaf" or "global".
+          of: "available" or "own".
+
+        Returns:
+          A new state; released weights are 0 and no longer trained.
+
+        Raises:
+          ArgumentError: an argument outside its range.
+        """
+        check_choice("scope", scope, ("leaf", "global"))
+        check_choice("of", of, ("available", "own"))
+        if not is_traced(fraction):
+            check_fraction(fraction)
+        return self._released(*pruning.pruned(self.all_shared(), self.owner, self.task_id, fraction, scope, of))
+
+    def pruned_to(self, targets: jax.Array, scope: Scope) -> TrainState:
+        """Release the smallest weights until so many of each leaf, int32 (leaves,), are free."""
+        return self._released(*pruning.release_until(self.all_shared(), self.owner, self.task_id, targets, scope))
+
+    def commit(self, net: Net, state: State) -> State:
+        """Take the trained task back into the network.
+
+        Args:
+          net: the network description the state was made with.
+          state: the network that this train state was created from.
+
+        Returns:
+          A new state, with what was trained and released.
+
+        Raises:
+          UnknownTaskError: the state has no task of this id.
+          PhaseError: the task is frozen.
+          StructureError: a leaf of another shape or dtype, or NaN or infinity; names it.
+          ForgettingError: the state is another one, or arrays of other tasks were changed; names the leaf.
+        """
+        task = self._task(state)
+        find_trainable(state, task, "commit")
+        if not is_traced((self.owner, state.owner)):
+            strayed = flatten(_strayed(self.owner, state.owner, self.task_id))
+            for path, count in strayed.items():
+                if int(count):
+                    raise ForgettingError(
+                        f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. Commit "
+                        "into the state that the train state was created from; prune by TrainState.prune."
+                    )
+        backbone, head, pick = self.raw_variables()
+        return flax.accept(net, state, task, backbone, head, owner=self.owner, pick=pick)
+
+    def as_state(self, state: State) -> State:
+        """Return the network with this task's arrays in it, unchecked and not copied; for a look during training."""
+        task, entry = self._task(state), state.tasks[self._task(state)]
+        backbone, head, pick = self.raw_variables()
+        shared, local = self.net.split(backbone)
+        taken = ownership.taken(state.shared, state.owner, shared, self.owner, self.task_id)
+        entry = entry.replace(local=local, head=head, pick=pick)
+        return state.replace(shared=taken, owner=self.owner, tasks={**state.tasks, task: entry})
+
+    def _task(self, state: State) -> str:
+        for name in names(state):
+            if state.tasks[name].id == self._id():
+                return name
+        raise UnknownTaskError(f"of id {self._id()}", names(state))
+
+    def _id(self) -> int:
+        if is_traced(self.task_id):
+            raise ArgumentError("commit finds its task by the id, which has no value inside jit; call it outside")
+        return int(self.task_id)
+
+    def model_variables(self, params: Params) -> tuple[Tree, Tree]:
+        """Return the variables of backbone and head that given parameters stand for."""
+        params = self._pinned(params)
+        backbone, head, pick = self._variables(params)
+        if self.picking is not None:
+            shared = self._shared_of(backbone)
+            factors = self.picking.straight_through(pick)
+            effective = ownership.effective(shared, self.owner, self.task_id, self.sharing, factors)
+            backbone = {**backbone, PARAMS: _joined(backbone[PARAMS], effective)}
+        return backbone, head
+
+    def raw_variables(self) -> tuple[Tree, Tree, Tree | None]:
+        """Return `(backbone, head, pick)` as the state holds them."""
+        backbone, head, pick = self._variables(self.params)
+        return _without_empty(backbone), _without_empty(head), pick
+
+    def _variables(self, params: Params) -> tuple[Tree, Tree, Tree | None]:
+        backbone, head = self.variables["backbone"], self.variables["head"]
+        trained = _joined(params.get("shared", {}), params.get("local", {}))
+        backbone = {**backbone, PARAMS: _joined(backbone[PARAMS], trained)}
+        head = {**head, PARAMS: _joined(head[PARAMS], params.get("head", {}))}
+        return backbone, head, params.get("pick", self.variables.get("pick"))
+
+    def all_shared(self) -> Tree:
+        """Return all shared weights of the task's width, trained or not."""
+        return self._shared_of(self._variables(self.params)[0])
+
+    def _shared_of(self, backbone: Tree) -> Tree:
+        flat = traverse_util.flatten_dict(backbone[PARAMS])
+        return traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(self.owner)})
+
+    def _released(self, shared: Tree, owner: Tree) -> TrainState:
+        flat = traverse_util.flatten_dict(shared)
+        if "shared" not in self.params:
+            backbone = {**self.variables["backbone"]}
+            backbone[PARAMS] = _joined(backbone[PARAMS], shared)
+            return dataclasses.replace(self, owner=owner, variables={**self.variables, "backbone": backbone})
+        mine = {path: flat[path] for path in traverse_util.flatten_dict(self.params["shared"])}
+        params = {**self.params, "shared": traverse_util.unflatten_dict(mine)}
+        after = dataclasses.replace(self, owner=owner, params=params)
+        return after if self.slow is None else dataclasses.replace(after, slow=after.own(self.slow))
+
+    def _masks(self) -> dict[str, Tree]:
+        """Return for the gated parts which entries of the parameters are the task's own."""
+        masks: dict[str, Tree] = {}
+        if "shared" in self.params:
+            owners = traverse_util.flatten_dict(self.owner)
+            mine = {path: owners[path] == self.task_id for path in traverse_util.flatten_dict(self.params["shared"])}
+            masks["shared"] = traverse_util.unflatten_dict(mine)
+        if "pick" in self.params:
+            masks["pick"] = picking.older(self.owner, self.task_id)
+        return masks
+
+    def own(self, tree: Params) -> Params:
+        """Return a tree like the parameters with 0 where the task owns nothing."""
+        masks = self._masks()
+        return {part: ownership.select(masks[part], sub) if part in masks else sub for part, sub in tree.items()}
+
+    def _pinned(self, params: Params) -> Params:
+        """Return parameters with what the task does not own as it is in this state."""
+        if params is self.params:
+            return params
+        if jax.tree.structure(params) != jax.tree.structure(self.params):
+            require_match("params", abstract(params), abstract(self.params), "They must have the tree of ts.params.")
+        masks = self._masks()
+        pin = lambda m, new, old: jnp.where(m, new.astype(old.dtype), old)  # noqa: E731
+        return {
+            part: jax.tree.map(pin, masks[part], sub, self.params[part]) if part in masks else sub
+            for part, sub in params.items()
+        }
+
+    def _whole(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return extra arguments of an optimizer: functions of its own parameters made of functions of ours."""
+        found = dict(extra)
+        if "value_fn" in found:
+            value_fn = found["value_fn"]
+            found["value_fn"] = lambda params, *rest, **named: value_fn(self._pinned(params), *rest, **named)
+        if "grad_fn" in found:
+            grad_fn = found["grad_fn"]
+            found["grad_fn"] = lambda params, *rest: self.own(grad_fn(self._pinned(params), *rest))
+        return found
+
+    def __repr__(self) -> str:
+        weights = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        step = "traced" if is_traced(self.step) else np.asarray(self.step)
+        return f"TrainState(step {step}, {weights:,} parameters in {', '.join(self.params)}, {self.net!r})"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Return arrays and static fields, for JAX."""
+        arrays = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _ARRAYS]
+        return arrays, tuple(getattr(self, name) for name in _STATIC)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Return arrays and static fields, for JAX."""
+        return tuple(getattr(self, name) for name in _ARRAYS), tuple(getattr(self, name) for name in _STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Any) -> TrainState:
+        """Undo `tree_flatten`, for JAX."""
+        return cls(*arrays, *static)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle keeps: functions that cannot be pickled, as those of optax, are left out."""
+        fields = {name: getattr(self, name) for name in (*_ARRAYS, *_STATIC)}
+        key = fields["key"]
+        if key is not None:
+            fields["key"] = (np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key)))
+        return fields | {name: _picklable(fields[name], name) for name in ("net", "tx", "head_spec")}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Undo `__getstate__`."""
+        if fields["key"] is not None:
+            data, impl = fields["key"]
+            fields = {**fields, "key": jax.random.wrap_key_data(jnp.asarray(data), impl=impl)}
+        self.__dict__.update(fields)
+
+    def __copy__(self) -> TrainState:
+        """Return the state itself, whose arrays nobody writes into."""
+        return dataclasses.replace(self)
+
+    def __deepcopy__(self, memo: Any) -> TrainState:
+        """Return a state with its own copies of the arrays."""
+        del memo
+        return jax.tree.map(jnp.copy, self)
+
+
+_ARRAYS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name not in _STATIC)
+
+
+class LeftOut:
+    """Stands where pickle could not keep a function; `replace` puts it back."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise ArgumentError(
+            f"this TrainState was unpickled without its {self.name}, which pickle cannot keep: put it back by "
+            f"ts.replace({self.name}=...)"
+        )
+
+
+def _picklable(value: Any, name: str) -> Any:
+    try:
+        pickle.dumps(value)
+    except Exception:  # pickle raises many types
+        return LeftOut(name)
+    return value
+
+
+def transformation(optimizer: Any) -> optax.GradientTransformation:
+    """Return an optimizer as a gradient transformation: of optax, `optax.MultiSteps`, or of `pae.recipes`."""
+    if getattr(optimizer, "learning_rate", 1.0) is None:
+        name = type(optimizer).__name__
+        raise ArgumentError(
+            f"{name} needs a learning rate here, {name}(learning_rate=0.01); in a recipe its phase has one"
+        )
+    for method in ("transformation", "gradient_transformation"):
+        if hasattr(optimizer, method):
+            return getattr(optimizer, method)()
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ArgumentError(f"an optimizer must be an optax gradient transformation, found {type(optimizer).__name__}")
+    return optimizer
+
+
+def _paths(tree: Tree) -> list[tuple[str, ...]]:
+    """Return the paths of a tree's leaves as tuples, in the order in which JAX flattens them."""
+    return [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _joined(tree: Tree, other: Tree) -> Tree:
+    flat = {**traverse_util.flatten_dict(tree), **traverse_util.flatten_dict(other)}
+    return traverse_util.unflatten_dict(flat)
+
+
+def _without_empty(variables: Tree) -> Tree:
+    return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
+
+
+def _moved(variables: Tree, updates: Tree) -> Tree:
+    """Return variables with collections after a call; what was sown has no place in them."""
+
+    def collection(name: str) -> Tree:
+        flat, found = (traverse_util.flatten_dict(tree.get(name, {})) for tree in (variables, updates))
+        return traverse_util.unflatten_dict({path: found.get(path, leaf) for path, leaf in flat.items()})
+
+    return {name: collection(name) for name in variables}
+
+
+@jax.jit
+def _strayed(owner: Tree, before: Tree, task_id: jax.Array) -> Tree:
+    """Count per leaf the weights whose owner changed otherwise than by a release."""
+    return jax.tree.map(lambda o, b: jnp.sum((o != b) & ~((b == task_id) & (o == ownership.FREE))), owner, before)

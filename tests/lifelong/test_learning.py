@@ -1,0 +1,860 @@
+"""learn, learn_all and baseline: how a task can end, what decides it, and what it equals when composed by hand."""
+
+import dataclasses
+import gc
+import math
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.errors import JaxRuntimeError
+
+import pae_jax as pae
+from pae_jax.lifelong import learning, one_task, run_folder
+from pae_jax.lifelong.one_task import stage_key
+from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe
+from pae_jax.training.losses import softmax_cross_entropy
+
+KEY = jax.random.key(7)
+QUICK = Phase(2, Rate(0.03))
+NONE = Phase(0, Rate(0.03))  # no training at all, for tests of decisions
+PLAIN = Recipe("plain", QUICK, batch_size=8)
+STEPS = Ladder((0.3, 0.6), QUICK, ramp=1.0, every=2)
+IDLE = Recipe("idle", NONE, goal=0.5)
+DIVERGING = Phase(1, Rate(1e30))
+
+
+def make_task(name="a", seed=0, **options):
+    """60 examples of two classes: training, validation and test data that differ."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(60, 4)).astype(np.float32)
+    y = (x[:, seed % 4] + 0.3 * x[:, 3] > 0).astype(np.int32)
+    parts = {"train": (x[:32], y[:32]), "val": (x[32:46], y[32:46]), "test": (x[46:], y[46:])}
+    return pae.Task(name, **({"head": 2} | parts | options))
+
+
+def measured_by(value, name="made up", **options):
+    """A metric that is a function of the state, so that a test decides what the loop decides by."""
+    return pae.Metric(name, lambda net, state, task, data: value(state), **options)
+
+
+@pytest.fixture
+def learn(net):
+    def call(state, task, recipe, *, net=net, key=KEY, **options):
+        return pae.learn(net, state, task, recipe, key=key, progress=False, **options)
+
+    return call
+
+
+@pytest.fixture
+def learn_all(net, empty):
+    def call(tasks, recipe, *, state=empty, net=net, **options):
+        return pae.learn_all(net, state, tasks, recipe, key=KEY, progress=False, **options)
+
+    return call
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def trained(*arguments, **options):
+        pytest.fail("something was trained")
+
+    monkeypatch.setattr(one_task, "trained", trained)
+
+
+def steps_of(outcome):
+    return [record.stage for record in outcome.records]
+
+
+def files_below(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+# How a task ends
+
+
+def test_without_a_goal_a_task_is_learned(learn, empty):
+    outcome = learn(empty, make_task(), PLAIN)
+    assert outcome.status is pae.Status.LEARNED
+    assert outcome.goal is None
+    assert outcome.state.tasks["a"].frozen
+    assert steps_of(outcome) == ["0-trained"]
+    pae.verify(outcome.state)
+
+
+def test_a_goal_that_is_reached_is_met_after_pruning_too(learn, empty):
+    """Accuracy stands for the weights that are left: 0.7 and 0.4 of them after the rungs."""
+    metric = measured_by(lambda state: 1 - pae.free_fraction(state))
+    recipe = dataclasses.replace(PLAIN, ladder=STEPS, goal=0.65)
+    outcome = learn(empty, make_task(metric=metric), recipe)
+    assert outcome.status is pae.Status.GOAL_MET
+    assert steps_of(outcome) == ["0-trained", "0-pruned-0.300", "0-pruned-0.600"]
+    assert outcome.pruned == pytest.approx(0.3, abs=0.02)
+    assert outcome.value == pytest.approx(0.7, abs=0.02)
+    assert outcome.value >= outcome.goal
+    assert pae.free_fraction(outcome.state) == pytest.approx(outcome.pruned)
+
+
+def test_a_goal_out_of_reach_is_missed_and_the_task_kept_with_room_for_the_next(learn, empty):
+    recipe = dataclasses.replace(PLAIN, ladder=dataclasses.replace(STEPS, rungs=(0.3, 0.5, 0.6)), goal=1.0)
+    outcome = learn(empty, make_task(), recipe, upcoming=1)
+    assert outcome.status is pae.Status.GOAL_MISSED
+    assert outcome.state.tasks["a"].frozen
+    assert steps_of(outcome) == ["0-trained", "0-pruned-0.300", "0-pruned-0.500"]
+    assert outcome.pruned == pytest.approx(0.5, abs=0.02)
+    last = learn(empty, make_task(), recipe, upcoming=0)
+    assert (last.status, steps_of(last), last.pruned) == (pae.Status.GOAL_MISSED, ["0-trained"], 0.0)
+
+
+def test_a_goal_that_no_rung_keeps_costs_the_lowest_rung_while_tasks_are_to_come_and_the_network_is_full(learn, empty):
+    task = make_task(metric=measured_by(lambda state: 1 - pae.free_fraction(state)))
+    recipe = dataclasses.replace(PLAIN, ladder=STEPS, goal=0.9)
+    outcome = learn(empty, task, recipe, upcoming=1)
+    assert (outcome.status, steps_of(outcome)[1:]) == (pae.Status.GOAL_MISSED, ["0-pruned-0.300", "0-pruned-0.600"])
+    assert outcome.pruned == pytest.approx(0.3, abs=0.02)
+    for options in ({"upcoming": 0}, {}):
+        last = learn(empty, task, recipe, **options)
+        assert (last.status, last.pruned) == (pae.Status.GOAL_MET, 0.0)
+    grows = dataclasses.replace(recipe, expansion=Expansion(0.5, 2.0))
+    assert learn(empty, task, grows, upcoming=1).pruned == 0.0
+
+
+@pytest.fixture(scope="module")
+def full(third):
+    """Three frozen tasks and no free weight."""
+    return pae.freeze(third, "c")
+
+
+def test_without_a_free_weight_a_task_is_not_added_and_nothing_is_trained(
+    learn, full, state_facts, no_training, tmp_path
+):
+    before = state_facts(full)
+    for expansion in (None, Expansion(0.5, 1.0)):
+        recipe = dataclasses.replace(PLAIN, goal="baseline", expansion=expansion)
+        run = pae.Run(tmp_path / str(expansion is None))
+        outcome = learn(full, make_task("d"), recipe, run=run)
+        assert outcome.status is pae.Status.NO_CAPACITY
+        assert outcome.state is full
+        assert outcome.records == ()
+        assert math.isnan(outcome.value)
+        assert [folder.name for folder in run.path.iterdir() if folder.is_dir()] == ["04-d"]
+    assert state_facts(full) == before
+
+
+def test_without_a_free_weight_the_network_grows_first_where_it_may(learn, full):
+    recipe = dataclasses.replace(IDLE, expansion=Expansion(0.5, 1.5), goal=0.0)
+    outcome = learn(full, make_task("d"), recipe)
+    assert outcome.status is pae.Status.GOAL_MET
+    assert outcome.width**2 == pytest.approx(1.5)
+    assert steps_of(outcome) == ["0-trained"]
+
+
+def test_a_network_without_room_takes_a_task_where_the_recipe_allows_it(learn, full):
+    outcome = learn(full, make_task("d"), dataclasses.replace(PLAIN, ladder=STEPS, goal=0.0, allow_empty=True))
+    assert outcome.status is pae.Status.GOAL_MET
+    assert steps_of(outcome) == ["0-trained"]  # what owns nothing climbs no ladder
+    assert outcome.records[0].weights == 0
+
+
+def nan_loss(logits, y):
+    losses = softmax_cross_entropy(logits, y)
+    return jnp.where(jnp.max(jnp.abs(logits)) > 0, jnp.nan, losses)
+
+
+@pytest.mark.parametrize("way", ["rate", "loss", "first the head"])
+def test_training_that_meets_nan_does_not_add_the_task(learn, frozen, state_facts, way, tmp_path):
+    before = state_facts(frozen)
+    recipes = {
+        "rate": (dataclasses.replace(PLAIN, train=DIVERGING), {}),
+        "loss": (PLAIN, {"loss": nan_loss}),
+        "first the head": (dataclasses.replace(PLAIN, head_first=DIVERGING), {}),
+    }
+    recipe, options = recipes[way]
+    run = pae.Run(tmp_path)
+    outcome = learn(frozen, make_task("b", **options), recipe, run=run)
+    assert outcome.status is pae.Status.DIVERGED
+    assert outcome.state is frozen
+    assert state_facts(frozen) == before
+    assert [(record.stage, record.diverged) for record in outcome.records] == [("0-trained", True)]
+    assert "diverged" in str(outcome)
+    assert run.rows[0]["Acc"] == "nan"
+
+
+def test_a_divergence_is_remembered(learn, frozen, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(PLAIN, train=DIVERGING)
+    outcome = learn(frozen, make_task("b"), recipe, run=pae.Run(tmp_path))
+    monkeypatch.setattr(one_task, "trained", None)
+    again = learn(frozen, make_task("b"), recipe, run=pae.Run(tmp_path))
+    assert again.status is pae.Status.DIVERGED
+    assert len(again.records) == len(outcome.records) == 1
+
+
+def test_a_rung_or_a_retraining_that_diverges_leaves_what_was_there(learn, frozen, assert_same):
+    recipe = dataclasses.replace(PLAIN, goal=0.0)
+    unpruned = learn(frozen, make_task("b"), recipe)
+    ladder = Ladder((0.3, 0.6), DIVERGING, ramp=0.0)
+    for more in ({"ladder": ladder}, {"retrain": DIVERGING}):
+        outcome = learn(frozen, make_task("b"), dataclasses.replace(recipe, **more))
+        assert outcome.status is pae.Status.GOAL_MET
+        assert outcome.records[-1].diverged
+        assert len(outcome.records) == 2
+        assert_same(outcome.state.shared, unpruned.state.shared)
+        assert outcome.pruned == 0.0
+
+
+# Growth
+
+
+@pytest.mark.parametrize(
+    ("goal", "ratios", "status"),
+    [
+        (0.9, [1.0], pae.Status.GOAL_MET),
+        (1.4, [1.0, 1.5], pae.Status.GOAL_MET),
+        (1.6, [1.0, 1.5, 2.0], pae.Status.GOAL_MET),
+        (2.1, [1.0, 1.5, 2.0, 2.3], pae.Status.GOAL_MET),
+        (2.5, [1.0, 1.5, 2.0, 2.3], pae.Status.GOAL_MISSED),
+    ],
+)
+def test_the_network_grows_exactly_while_the_goal_is_missed_and_never_past_the_maximum(
+    learn, frozen, goal, ratios, status
+):
+    """A task as good as the network is large."""
+    task = make_task("b", metric=measured_by(lambda state: state.width**2))
+    outcome = learn(frozen, task, dataclasses.replace(IDLE, goal=goal, expansion=Expansion(0.5, 2.3)), upcoming=0)
+    assert outcome.status is status
+    assert [record.width**2 for record in outcome.records] == pytest.approx(ratios)
+    assert steps_of(outcome) == [f"{i}-trained" for i in range(len(ratios))]
+    assert len(outcome.state.growth) == (len(ratios) > 1)  # each time it grows from where it was before the task
+    assert outcome.state.width == outcome.width == outcome.records[-1].width
+
+
+def test_only_the_last_width_is_pruned(learn, frozen):
+    task = make_task("b", metric=measured_by(lambda state: state.width**2))
+    ladder = Ladder((0.3,), NONE, ramp=0.0)
+    outcome = learn(frozen, task, dataclasses.replace(IDLE, goal=1.4, expansion=Expansion(0.5, 1.5), ladder=ladder))
+    assert steps_of(outcome) == ["0-trained", "1-trained", "1-pruned-0.300"]
+
+
+def test_a_tolerance_spares_an_expansion(learn, frozen):
+    task = make_task("b", metric=measured_by(lambda state: 0.06 if state.width == 1.0 else 1.0))
+    recipe = dataclasses.replace(IDLE, goal=0.07, expansion=Expansion(0.5, 1.5))
+    assert len(learn(frozen, task, recipe).records) == 2
+    assert len(learn(frozen, task, dataclasses.replace(recipe, tolerance=0.01)).records) == 1
+
+
+def test_the_metric_may_be_an_error(learn, frozen):
+    task = make_task("b", metric=measured_by(lambda state: 3 - state.width**2, "error", higher_is_better=False))
+    recipe = dataclasses.replace(IDLE, goal=1.6, expansion=Expansion(0.5, 3.0))
+    outcome = learn(frozen, task, recipe)
+    assert outcome.status is pae.Status.GOAL_MET
+    assert [record.value for record in outcome.records] == pytest.approx([2.0, 1.5])
+    assert outcome.records[0].metric == "error"
+
+
+# The ladder
+
+
+def test_the_ladder_ends_at_a_rung_that_is_not_above_the_floor_on_training_data(learn, empty):
+    """Value and floor are of the weights left; a rung at the floor is not kept."""
+    left = measured_by(lambda state: 1 - pae.free_fraction(state))
+    gone = measured_by(pae.free_fraction, "gone", higher_is_better=False)
+    ladder = Ladder((0.25, 0.5, 0.75), NONE, ramp=0.0, choose="last")
+    recipe = Recipe("floor", NONE)
+    for metric, floor in ((left, 0.5), (gone, 0.5)):
+        outcome = learn(
+            empty,
+            make_task(metric=metric),
+            dataclasses.replace(recipe, ladder=dataclasses.replace(ladder, floor=floor)),
+        )
+        assert steps_of(outcome)[1:] == ["0-pruned-0.250", "0-pruned-0.500"]
+        assert outcome.pruned == pytest.approx(0.25)
+    for floor, count in ((0.0, 3), (None, 3), (0.9, 1)):
+        some = dataclasses.replace(recipe, ladder=dataclasses.replace(ladder, floor=floor))
+        outcome = learn(empty, make_task(metric=left), some)
+        assert len(outcome.records) == 1 + count
+        assert [record.train_value is None for record in outcome.records[1:]] == [floor is None] * count
+
+
+def test_misses_in_a_row_end_the_ladder_and_the_best_rung_before_them_is_kept(learn, empty):
+    left = measured_by(lambda state: 1 - pae.free_fraction(state))
+    ladder = Ladder((0.1, 0.3, 0.5, 0.7, 0.9), NONE, ramp=0.0, misses=2)
+    outcome = learn(empty, make_task(metric=left), dataclasses.replace(IDLE, goal=0.69, ladder=ladder))
+    assert steps_of(outcome)[-1] == "0-pruned-0.700"
+    assert outcome.pruned == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_rung_starts_from_the_rung_below_it_and_not_from_the_one_that_is_best(learn, empty):
+    """Own weights fall from rung to rung although the first rung is the best."""
+    ladder = Ladder((0.2, 0.4, 0.6), NONE, ramp=0.0, choose="best_accuracy")
+    outcome = learn(empty, make_task(metric=measured_by(lambda state: 0.5)), Recipe("ties", NONE, ladder=ladder))
+    assert [record.pruned for record in outcome.records] == pytest.approx([0.0, 0.2, 0.4, 0.6], abs=0.01)
+    assert outcome.pruned == 0.0
+
+
+def test_two_networks_are_kept_while_the_ladder_is_climbed(vector_module, empty):
+    """However many rungs there are; counted as kernels of a shape that nothing else has."""
+    net = pae.linen(lambda width: pae.models.MLP(width, (37,)), jnp.zeros((1, 4)))
+    counts = []
+
+    def value(state):
+        gc.collect()
+        counts.append(sum(array.shape == (4, 37) and array.dtype == jnp.float32 for array in jax.live_arrays()))
+        return 0.5
+
+    ladder = Ladder((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), NONE, ramp=0.0)
+    recipe = dataclasses.replace(IDLE, ladder=ladder)
+    state = pae.init(net, jax.random.key(0))
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through again
+    try:
+        pae.learn(net, state, make_task(metric=measured_by(value)), recipe, key=KEY, progress=False)
+    finally:
+        gc.unfreeze()
+    assert len(counts) == 8  # 7 validations, one test
+    assert max(counts) - counts[2] <= 1
+
+
+# What decides
+
+
+def test_test_data_decides_nothing(learn_all, assert_same):
+    """Poisoned test labels change the reported test numbers and not one bit of anything else."""
+    recipe = Recipe("pae", QUICK, 8, ladder=STEPS, retrain=QUICK, goal=0.6, expansion=Expansion(0.5, 1.5))
+    honest = [make_task("a", 0), make_task("b", 1)]
+    poisoned = [dataclasses.replace(task, test=(task.test[0], 1 - task.test[1])) for task in honest]
+    without = [dataclasses.replace(task, test=None) for task in honest]
+    streams = [learn_all(tasks, recipe) for tasks in (honest, poisoned, without)]
+    reference = streams[0]
+    for stream in streams[1:]:
+        assert_same(stream.state, reference.state)
+        for one, other in zip(stream.outcomes, reference.outcomes, strict=True):
+            assert one.records == other.records
+            assert (one.status, one.value, one.pruned) == (other.status, other.value, other.pruned)
+    tests = [[outcome.test for outcome in stream.outcomes] for stream in streams]
+    assert tests[1] == pytest.approx([1 - value for value in tests[0]])
+    assert tests[2] == [None, None]
+    assert streams[2].matrix is None
+
+
+def test_validation_data_decides(net, learn, empty):
+    recipe = dataclasses.replace(PLAIN, train=Phase(20, Rate(0.1)), ladder=STEPS, goal=0.6)
+    task = make_task()
+    met = learn(empty, task, recipe)
+    wrong = dataclasses.replace(task, val=(task.val[0], 1 - task.val[1]))
+    missed = learn(empty, wrong, recipe)
+    assert (met.status, missed.status) == (pae.Status.GOAL_MET, pae.Status.GOAL_MISSED)
+    assert met.value == pae.evaluate(net, met.state, "a", task.val)["accuracy"]
+
+
+def test_test_data_is_measured_once_for_the_newest_task_and_once_per_older_one(learn_all):
+    seen = []
+
+    def measure(net, state, task, data):
+        seen.append((task, "test" if len(data[0]) == 14 and data[0] is tests[task] else "val"))
+        return 0.5
+
+    tasks = [make_task(name, i, metric=pae.Metric("made up", measure)) for i, name in enumerate("abc")]
+    tests = {task.name: task.test[0] for task in tasks}
+    learn_all(tasks, Recipe("idle", NONE, ladder=Ladder((0.5,), NONE, ramp=0.0, choose="last")))
+    counts = {name: sum(one == (name, "test") for one in seen) for name in "abc"}
+    assert counts == {"a": 3, "b": 2, "c": 1}
+
+
+def test_retraining_is_kept_only_where_it_is_better(learn, frozen, assert_same):
+    """With the loss as metric; at a rate of 0 nothing gets better, with a rate of its own it does."""
+    metric = pae.Metric("loss", lambda net, s, t, d: pae.evaluate(net, s, t, d)["loss"], higher_is_better=False)
+    task = make_task("b", metric=metric, val=make_task("b").train)
+    alone = learn(frozen, task, PLAIN)
+    idle = learn(frozen, task, dataclasses.replace(PLAIN, retrain=NONE))
+    assert_same(idle.state, alone.state)
+    better = learn(frozen, task, dataclasses.replace(PLAIN, retrain=QUICK))
+    assert better.value == better.records[-1].value < better.records[0].value == alone.value
+    worse = learn(frozen, task, dataclasses.replace(PLAIN, retrain=Phase(1, Rate(3.0))))
+    assert not worse.records[-1].value <= alone.value  # NaN is not better either
+    assert_same(worse.state, alone.state)
+    assert steps_of(worse) == ["0-trained", "0-retrained"]
+    tied = dataclasses.replace(task, metric=measured_by(lambda state: 0.5))
+    once, again = learn(frozen, tied, PLAIN), learn(frozen, tied, dataclasses.replace(PLAIN, retrain=QUICK))
+    assert_same(again.state, once.state)
+
+
+@pytest.mark.parametrize(
+    ("values", "kept", "status"),
+    [
+        ((0.4, 0.4), 0.4, pae.Status.GOAL_MISSED),
+        ((0.4, 0.8), 0.8, pae.Status.GOAL_MET),
+        ((0.8, 0.4), 0.8, pae.Status.GOAL_MET),
+        ((0.4, math.nan), 0.4, pae.Status.GOAL_MISSED),
+    ],
+)
+def test_the_status_is_that_of_what_was_kept_after_retraining(learn, frozen, values, kept, status):
+    """The metric is measured once after training and once after retraining."""
+    measured = iter(values)
+    task = make_task("b", metric=measured_by(lambda state: next(measured)), test=None)
+    outcome = learn(frozen, task, dataclasses.replace(IDLE, goal=0.7, retrain=NONE))
+    assert len(outcome.records) == 2
+    assert (outcome.value, outcome.status) == (kept, status)
+
+
+def test_the_first_task_is_not_retrained(learn, empty):
+    assert steps_of(learn(empty, make_task(), dataclasses.replace(PLAIN, retrain=QUICK))) == ["0-trained"]
+
+
+# Equal to what is composed by hand
+
+
+def by_hand(net, state, task, recipe, *, key=KEY, fraction=None):
+    """pack, fit, prune, fit, freeze with the keys of the stages; sharing and local variables as the recipe says."""
+    newest = max(state.tasks, key=lambda name: state.tasks[name].id, default="backbone")
+    keys = jax.random.split(stage_key(key, task.name, "0-trained"), 4)
+    state = pae.pack(
+        net,
+        state,
+        task.name,
+        head=task.head,
+        key=keys[1],
+        sharing=recipe.sharing,
+        local_init=newest if recipe.local_init == "newest" else recipe.local_init,
+        allow_empty=recipe.allow_empty,
+    )
+
+    def fit(state, phase, key):
+        steps = len(task.train[1]) // recipe.batch_size
+        rate = phase.rate.schedule(phase.epochs, steps)
+        rates = jnp.asarray([rate(step) for step in range(phase.epochs * steps)], jnp.float32)
+        tx = optax.chain(phase.optimizer.transformation(), optax.scale_by_schedule(lambda count: rates[count]))
+        options = {"batch_size": recipe.batch_size, "key": key, "keep": "best", "val": task.val}
+        return pae.fit(net, state, task.name, task.train, optimizer=tx, epochs=phase.epochs, **options)[0]
+
+    state = fit(state, recipe.train, keys[3])
+    if fraction is not None:
+        state = pae.prune(state, task.name, fraction)
+        state = fit(state, recipe.ladder.phase, stage_key(key, task.name, f"0-pruned-{fraction:.3f}"))
+    return pae.freeze(state, task.name)
+
+
+ONE_SHOT = Recipe(
+    "one shot",
+    Phase(2, Rate(0.05, ((1, 0.1),))),
+    8,
+    ladder=Ladder((0.6,), Phase(2, Rate(0.005)), ramp=0.0, choose="last"),
+    local_init="newest",
+)
+
+
+def test_a_one_shot_recipe_equals_pack_fit_prune_fit_bit_for_bit(net, empty, learn_all, state_facts):
+    tasks = [make_task("a", 0), make_task("b", 1)]
+    state = empty
+    for task in tasks:
+        state = by_hand(net, state, task, ONE_SHOT, fraction=0.6)
+    assert state_facts(learn_all(tasks, ONE_SHOT).state) == state_facts(state)
+
+
+def test_without_a_ladder_or_with_a_ratio_of_0_the_first_task_is_plain_training(net, empty, learn, state_facts):
+    task = make_task()
+    plain = state_facts(by_hand(net, empty, task, PLAIN))
+    assert state_facts(learn(empty, task, PLAIN).state) == plain
+    nothing = Ladder((0.0,), NONE, ramp=0.0, choose="last")
+    assert state_facts(learn(empty, task, dataclasses.replace(PLAIN, ladder=nothing)).state) == plain
+
+
+def test_the_own_network_of_a_task_is_plain_training_from_its_own_start(net, learn, state_facts):
+    task, recipe = make_task(), dataclasses.replace(PLAIN, ladder=STEPS, goal="baseline", retrain=QUICK)
+    start = pae.init(net, stage_key(KEY, "a", "init"))
+    own = learning.own_network(net, task, recipe, key=KEY, progress=False)
+    assert state_facts(own.state) == state_facts(by_hand(net, start, task, PLAIN))
+    assert pae.baseline(net, task, recipe, key=KEY, progress=False) == own.value
+
+
+def test_an_own_network_drawn_anew_trains_as_a_whole_and_a_given_one_the_parts_of_the_recipe(
+    net, vector_module, bits, state_facts
+):
+    train = dataclasses.replace(QUICK, parts=("shared", "head"))
+    task, recipe = make_task(), dataclasses.replace(PLAIN, train=train, local_init="newest")
+    started = pae.from_variables(net, vector_module().init(KEY, jnp.zeros((1, 4)), train=False))
+    given = learning.own_network(net, task, recipe, key=KEY, start=started, progress=False).state
+    assert bits(given.tasks["a"].local) == bits(started.local)
+    assert bits(given.shared) != bits(started.shared)
+    drawn = learning.own_network(net, task, recipe, key=KEY, progress=False).state
+    whole = learning.own_network(net, task, dataclasses.replace(recipe, train=QUICK), key=KEY, progress=False).state
+    assert state_facts(drawn) == state_facts(whole)
+
+
+def test_packnet_equals_cpg_with_all_picks_on_bit_for_bit(net, learn_all, assert_same):
+    """Sharing "picked" with scores that are never trained sees all older weights, as sharing "all" does."""
+    tasks = [make_task("a", 0), make_task("b", 1), make_task("c", 2)]
+    recipe = dataclasses.replace(ONE_SHOT, allow_empty=True)
+    packnet = learn_all(tasks, recipe).state
+    cpg = learn_all(tasks, dataclasses.replace(recipe, sharing="picked")).state
+    assert_same((cpg.shared, cpg.owner), (packnet.shared, packnet.owner))
+    for task in tasks:
+        one, other = cpg.tasks[task.name], packnet.tasks[task.name]
+        assert_same((one.local, one.head), (other.local, other.head))
+        x = task.test[0]
+        assert_same(pae.predict(net, cpg, task.name, x), pae.predict(net, packnet, task.name, x))
+        assert_same(pae.masks(cpg, task.name), pae.masks(packnet, task.name))
+
+
+def test_piggyback_leaves_the_first_backbone_as_it_is_and_stores_picks(learn_all, assert_same, bits):
+    picks = Rate(0.02)
+    recipe = Recipe(
+        "piggyback",
+        Phase(4, picks, Adam(), pick_rate=picks, parts=("head",)),
+        8,
+        sharing="picked",
+        local_init="newest",
+        allow_empty=True,
+        first=PLAIN,
+    )
+    state = learn_all([make_task("a", 0), make_task("b", 1), make_task("c", 2)], recipe).state
+    assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(state.owner))
+    for name in "bc":
+        assert_same(state.tasks[name].local, state.tasks["a"].local)
+        assert state.tasks[name].sharing == "picked"
+    assert state.tasks["a"].pick is None
+    assert bits(state.tasks["b"].pick) != bits(state.tasks["c"].pick)
+    assert not all(np.asarray(leaf).all() for leaf in jax.tree.leaves(state.tasks["c"].pick))
+
+
+def test_a_run_in_memory_and_a_run_in_a_folder_are_the_same(learn_all, state_facts, tmp_path):
+    tasks = [make_task("a", 0), make_task("b", 1)]
+    recipe = Recipe("pae", QUICK, 8, QUICK, STEPS, QUICK, goal="baseline", expansion=Expansion(0.5, 1.5))
+    memory = learn_all(tasks, recipe)
+    folder = learn_all(tasks, recipe, run=pae.Run(tmp_path))
+    assert state_facts(folder.state) == state_facts(memory.state)
+    for one, other in zip(folder.outcomes, memory.outcomes, strict=True):
+        assert dataclasses.replace(one, state=None) == dataclasses.replace(other, state=None)
+    np.testing.assert_array_equal(folder.matrix.values, memory.matrix.values)
+
+
+def contrast(features, y):
+    """The mean distance of pairs: a function of the whole batch."""
+    pairs = jnp.abs(features[:, None, 0] - features[None, :, 0])
+    return jnp.where(y[:, None] == y[None, :], pairs, -0.1 * pairs).mean()
+
+
+def test_an_own_loss_of_examples_or_of_the_batch_trains_and_the_accuracy_is_measured_all_the_same(learn, net, empty):
+    def hinge(logits, y):
+        return jax.nn.relu(1.0 - (2.0 * y - 1.0) * (logits[:, 1] - logits[:, 0]))
+
+    for loss, per in ((hinge, "example"), (contrast, "batch")):
+        task = make_task(loss=loss, loss_per=per)
+        outcome = learn(empty, task, dataclasses.replace(PLAIN, goal=0.0, ladder=STEPS))
+        assert outcome.status is pae.Status.GOAL_MET
+        assert outcome.value == pae.evaluate(net, outcome.state, "a", task.val)["accuracy"]
+        rows = [row for record in outcome.records for row in record.history]
+        assert all({"loss", "accuracy", "val_loss", "val_accuracy"} <= row.keys() for row in rows)
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(pae.DataError, match="loss_per='batch'"):
+        learn(empty, make_task(loss=contrast), PLAIN)
+
+
+@pytest.mark.parametrize("local_init", ["backbone", "fresh", "newest"])
+def test_local_variables_start_as_the_recipe_says_and_those_of_the_first_task_as_the_backbones(
+    learn_all, empty, bits, local_init
+):
+    pretrained = empty.replace(local=jax.tree.map(lambda leaf: leaf + 0.5, empty.local))
+    idle = Recipe("idle", NONE, local_init=local_init, allow_empty=True)
+    recipe = dataclasses.replace(idle, first=dataclasses.replace(idle, train=QUICK))
+    state = learn_all([make_task("a", 0), make_task("b", 1)], recipe, state=pretrained).state
+    # Drawn anew, biases and norms start at constants, as those of the empty network did.
+    trees = {"backbone": pretrained.local, "fresh": empty.local, "newest": state.tasks["a"].local}
+    assert len({str(bits(tree)) for tree in trees.values()}) == 3
+    assert bits(state.tasks["b"].local) == bits(trees[local_init])
+    assert bits(state.local) == bits(pretrained.local)
+    alone = learn_all([make_task("a", 0)], idle, state=pretrained).state
+    assert bits(alone.tasks["a"].local) == bits(pretrained.local)
+
+
+# Goals
+
+
+def test_the_goal_baseline_is_the_validation_metric_of_the_own_network(net, learn, empty):
+    recipe = dataclasses.replace(PLAIN, goal="baseline")
+    outcome = learn(empty, make_task(), recipe)
+    assert outcome.goal == pae.baseline(net, make_task(), recipe, key=KEY, progress=False)
+
+
+def test_a_goal_that_is_given_is_taken_and_no_own_network_trained(learn_all, tmp_path):
+    recipe = dataclasses.replace(PLAIN, goal="baseline")
+    stream = learn_all([make_task("a"), make_task("b", 1)], recipe, goals={"b": 0.25}, run=pae.Run(tmp_path))
+    assert stream.outcomes[1].goal == 0.25
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["01-a", "02-b", "baseline-a"]
+
+
+def test_the_own_network_is_trained_once_and_then_only_its_record_is_read(net, tmp_path, monkeypatch):
+    task, recipe, run = make_task(), dataclasses.replace(PLAIN, goal="baseline"), pae.Run(tmp_path)
+    value = pae.baseline(net, task, recipe, key=KEY, run=run, progress=False)
+    monkeypatch.setattr(one_task, "trained", None)
+    monkeypatch.setattr(run_folder.checkpoint, "load", None)
+    assert pae.baseline(net, task, recipe, key=KEY, run=pae.Run(tmp_path), progress=False) == value
+
+
+def test_an_own_network_that_diverges_is_an_error(net):
+    recipe = dataclasses.replace(PLAIN, train=DIVERGING)
+    with pytest.raises(pae.ArgumentError, match="own network of task 'a' diverged"):
+        pae.baseline(net, make_task(), recipe, key=KEY, progress=False)
+
+
+def test_the_first_task_may_have_a_recipe_of_its_own(learn_all):
+    other = dataclasses.replace(PLAIN, name="first", ladder=Ladder((0.5,), NONE, ramp=0.0, choose="last"))
+    stream = learn_all([make_task("a"), make_task("b", 1)], dataclasses.replace(PLAIN, first=other))
+    assert [steps_of(outcome) for outcome in stream.outcomes] == [["0-trained", "0-pruned-0.500"], ["0-trained"]]
+
+
+# Streams
+
+
+def test_the_matrix_holds_the_test_metric_of_every_task_after_each_one(net, learn_all):
+    tasks = [make_task(name, i) for i, name in enumerate("abc")]
+    stream = learn_all(tasks, ONE_SHOT)
+    assert stream.matrix.tasks == ("a", "b", "c")
+    expected = [pae.evaluate(net, stream.state, task.name, task.test)["accuracy"] for task in tasks]
+    for i in range(3):
+        np.testing.assert_array_equal(stream.matrix.values[i, : i + 1], expected[: i + 1])
+        assert np.isnan(stream.matrix.values[i, i + 1 :]).all()
+    assert stream.matrix.forgetting() == 0.0
+    assert [outcome.test for outcome in stream.outcomes] == expected
+
+
+def test_the_matrix_leaves_out_tasks_without_test_data_or_whose_metric_is_no_accuracy(learn_all):
+    error = measured_by(lambda state: 0.5, "error", higher_is_better=False)
+    score = measured_by(lambda state: 17.0, "decibel")
+    tasks = [
+        make_task("a", 0),
+        make_task("b", 1, test=None),
+        make_task("c", 2, metric=error),
+        make_task("d", 3, metric=score),
+        make_task("e", 0),
+    ]
+    stream = learn_all(tasks, dataclasses.replace(ONE_SHOT, allow_empty=True))
+    assert stream.matrix.tasks == ("a", "e")
+    assert [outcome.test is None for outcome in stream.outcomes] == [False, True, False, False, False]
+    assert stream.outcomes[3].test == 17.0
+    assert stream.matrix.forgetting() == 0.0
+
+
+def test_a_stream_ends_at_a_task_that_cannot_be_added(learn_all):
+    stream = learn_all([make_task("a"), make_task("b", 1), make_task("c", 2)], PLAIN)
+    assert [outcome.status for outcome in stream.outcomes] == [pae.Status.LEARNED, pae.Status.NO_CAPACITY]
+    assert list(stream.state.tasks) == ["a"]
+    assert stream.matrix.tasks == ("a",)
+
+
+def test_a_stream_of_no_tasks_is_no_change(learn_all, empty):
+    stream = learn_all([], PLAIN)
+    assert stream.state is empty
+    assert (stream.outcomes, stream.matrix) == ((), None)
+
+
+def test_each_task_knows_how_many_are_still_to_come(learn_all):
+    shares = Recipe("equal", NONE, ladder=Ladder((), NONE, ramp=0.0, equal_share=True, choose="last"))
+    stream = learn_all([make_task(name, i) for i, name in enumerate("abcd")], shares)
+    assert [outcome.pruned for outcome in stream.outcomes] == pytest.approx([3 / 4, 2 / 3, 1 / 2, 0.0], abs=0.03)
+    sizes = [row["weights"] for row in pae.report(stream.state).rows]
+    assert sizes == pytest.approx([20] * 4 + [0], abs=2)
+
+
+class Lazy:
+    """Tasks that are made when they are asked for; counts whose training data is still in memory by then."""
+
+    def __init__(self, count):
+        self.count, self.made, self.alive = count, [], []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        gc.collect()
+        self.alive.append(sum(one() is not None for one in self.made))
+        if index >= self.count:
+            raise IndexError(index)
+        task = make_task(f"task {index}", index)
+        x = np.array(task.train[0])
+        self.made.append(weakref.ref(x))
+        return dataclasses.replace(task, train=(x, task.train[1]))
+
+
+def test_a_stream_may_be_made_task_by_task_and_keeps_no_older_training_data(learn_all):
+    tasks = Lazy(4)
+    stream = learn_all(tasks, dataclasses.replace(ONE_SHOT, allow_empty=True))
+    assert len(stream.outcomes) == 4
+    assert max(tasks.alive) <= 1  # that of the task before
+
+
+def test_a_stream_keeps_one_network(learn_all):
+    stream = learn_all([make_task("a"), make_task("b", 1)], ONE_SHOT)
+    assert all(outcome.state is stream.state for outcome in stream.outcomes)
+
+
+# Heads
+
+
+class Hidden(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.classes)(nn.relu(nn.Dense(5)(x)))
+
+
+def nnx_head():
+    return nnx.Linear(6, 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_head_may_be_a_module(learn_all, net, kind, tmp_path, state_facts):
+    head = Hidden(2) if kind == "linen" else nnx_head()
+    tasks = [make_task("a", 0, head=head), make_task("b", 1)]
+    recipe = dataclasses.replace(ONE_SHOT, train=QUICK)
+    stream = learn_all(tasks, recipe, run=pae.Run(tmp_path))
+    again = learn_all(tasks, recipe, run=pae.Run(tmp_path))
+    facts, repeated = state_facts(stream.state), state_facts(again.state)
+    assert [facts[0], facts[1], facts[3:]] == [repeated[0], repeated[1], repeated[3:]]
+    for task in tasks:
+        one, other = (pae.predict(net, s, task.name, task.test[0]) for s in (stream.state, again.state))
+        np.testing.assert_array_equal(one, other)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("error", [JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_an_error_stays_an_error_and_the_folder_can_be_resumed(
+    learn_all, tmp_path, monkeypatch, state_facts, error, number
+):
+    """Out of memory does not mean that the network is too small."""
+    tasks = [make_task("a", 0), make_task("b", 1)]
+    calls, trained = [], one_task.trained
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return trained(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_task, "trained", failing)
+        with pytest.raises(type(error)):
+            learn_all(tasks, ONE_SHOT, run=pae.Run(tmp_path))
+    resumed = learn_all(tasks, ONE_SHOT, run=pae.Run(tmp_path))
+    assert state_facts(resumed.state) == state_facts(learn_all(tasks, ONE_SHOT).state)
+
+
+def ages(part):
+    return part[0], part[1].astype(np.float32)
+
+
+def squared(logits, y):
+    return (logits[:, 0] - y) ** 2
+
+
+REGRESSION = {name: ages(getattr(make_task(), name)) for name in ("train", "val", "test")}
+CHOOSES = dataclasses.replace(PLAIN, ladder=STEPS, goal=0.5)
+WAITS = dataclasses.replace(PLAIN, train=Phase(2, Rate(0.1), plateau=pae.Plateau()))
+BATCHES = [(make_task().train[0][:8], make_task().train[1][:8])]
+BAD_CALLS = {
+    "no validation data for a goal": (pae.ArgumentError, {"task": make_task("b", val=None), "recipe": CHOOSES}),
+    "no validation data for a given goal": (pae.ArgumentError, {"task": make_task("b", val=None), "goal": 0.5}),
+    "no validation data for a plateau": (pae.ArgumentError, {"task": make_task("b", val=None), "recipe": WAITS}),
+    "no validation data for retraining": (
+        pae.ArgumentError,
+        {"task": make_task("b", val=None), "recipe": dataclasses.replace(PLAIN, retrain=QUICK)},
+    ),
+    "a goal NaN": (pae.ArgumentError, {"goal": math.nan}),
+    "a goal in words": (pae.ArgumentError, {"goal": "best"}),
+    "fewer than no tasks to come": (pae.ArgumentError, {"upcoming": -1}),
+    "a name that is taken": (pae.ArgumentError, {"task": make_task("a")}),
+    "no classes": (pae.ArgumentError, {"task": make_task("b", head=0)}),
+    "a head that is no head": (pae.ArgumentError, {"task": make_task("b", head="two")}),
+    "labels outside the head": (pae.DataError, {"task": make_task("b", head=1)}),
+    "test data of another shape": (
+        pae.StructureError,
+        {"task": make_task("b", test=(np.zeros((3, 5), np.float32), np.zeros(3, int)))},
+    ),
+    "no training data": (pae.ArgumentError, {"task": make_task("b", train=None)}),
+    "labels without an accuracy": (
+        pae.ArgumentError,
+        {"task": make_task("b", head=1, loss=squared, **REGRESSION)},
+    ),
+    "a ramp over data of unknown length": (
+        pae.ArgumentError,
+        {"task": make_task("b", train=lambda epoch: iter(BATCHES)), "recipe": CHOOSES},
+    ),
+    "a rate that falls over data of unknown length": (
+        pae.ArgumentError,
+        {"task": make_task("b", train=lambda epoch: iter(BATCHES)), "recipe": ONE_SHOT},
+    ),
+    "no key": (pae.ArgumentError, {"key": 3}),
+    "a task in training": (pae.PhaseError, {"state": "packed"}),
+    "a network of another model": (pae.StructureError, {"state": "other"}),
+    "an empty network of another model": (pae.StructureError, {"state": "other empty"}),
+}
+
+
+@pytest.fixture(scope="module")
+def states(frozen, packed):
+    other = pae.linen(lambda width: pae.models.MLP(width, (5,)), jnp.zeros((1, 4)))
+    start = pae.init(other, KEY)
+    full = pae.freeze(pae.pack(other, start, "a", head=2, key=KEY), "a")
+    return {"frozen": frozen, "packed": packed, "other": full, "other empty": start}
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_bad_input_raises_before_anything_is_trained_or_written(learn, states, what, tmp_path, no_training):
+    kind, call = BAD_CALLS[what]
+    call = {"state": "frozen", "task": make_task("b"), "recipe": PLAIN} | call
+    run = pae.Run(tmp_path)
+    with pytest.raises(kind):
+        learn(states[call.pop("state")], call.pop("task"), call.pop("recipe"), run=run, **call)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_128th_task_is_refused_before_anything_is_written(learn, frozen, tmp_path, monkeypatch):
+    monkeypatch.setattr("pae_jax.lifelong.preconditions.MAX_TASKS", 1)
+    with pytest.raises(pae.CapacityError, match="at most 1 tasks"):
+        learn(frozen, make_task("b"), PLAIN, run=pae.Run(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": [make_task("a"), make_task("a")]}, "'a' twice"),
+        ({"tasks": [make_task("a"), make_task("b", val=None)]}, "'b' has no validation data"),
+        ({"goals": {"a": 0.5, "bb": 0.5}}, "goals has 'bb'"),
+        ({"goals": {"b": math.nan}}, "goal must be a finite number"),
+        ({"tasks": iter([make_task("a")])}, "must be a sequence"),
+    ],
+)
+def test_a_stream_that_would_stop_at_a_later_task_does_not_begin(learn_all, change, message, tmp_path, no_training):
+    call = {"tasks": [make_task("a"), make_task("b", 1)]} | change
+    with pytest.raises(pae.ArgumentError, match=message):
+        learn_all(call.pop("tasks"), CHOOSES, run=pae.Run(tmp_path), **call)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_own_network_needs_validation_data(net, tmp_path):
+    with pytest.raises(pae.ArgumentError, match="no validation data"):
+        pae.baseline(net, make_task(val=None), PLAIN, key=KEY, run=pae.Run(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_callers_network_is_left_as_it_is(learn, frozen, state_facts):
+    before = state_facts(frozen)
+    learn(frozen, make_task("b"), dataclasses.replace(PLAIN, expansion=Expansion(0.5, 1.5), goal=1.0))
+    assert state_facts(frozen) == before
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize(("fields", "words"), [({"goal": 90}, "goal is 90"), ({"tolerance": 1.0}, "tolerance is 1")])
+def test_per_cent_for_a_fraction_is_refused_where_the_metric_is_an_accuracy(fields, words, learn, empty):
+    recipe = dataclasses.replace(PLAIN, **{"goal": 0.9, **fields})
+    with pytest.raises(pae.ArgumentError, match=words):
+        learn(empty, make_task("a"), recipe)

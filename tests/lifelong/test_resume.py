@@ -1,0 +1,243 @@
+"""Law 10: killed at any moment, a run resumes and ends in the same bits as an uninterrupted run."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import pae_jax as pae
+from pae_jax.lifelong import one_task, run_folder
+from pae_jax.storage import checkpoint
+
+# One run with everything a stage can be: own networks, a goal that is missed at the first width, a ladder, picks and
+# retraining. The test below runs it here, and in processes of its own that are killed.
+PROGRAM = """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import pae_jax as pae
+    from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
+
+    def grows(net, state, task, data):
+        accuracy = pae.evaluate(net, state, task, data)["accuracy"]
+        return accuracy / 2 if task == "b" and state.width == 1.0 and len(state.tasks) == 2 else accuracy
+
+    def tasks():
+        rng = np.random.default_rng(0)
+        for number, name in enumerate("ab"):
+            x = rng.normal(size=(72, 4)).astype(np.float32)
+            y = (x[:, number] + 0.3 * x[:, 3] > 0).astype(np.int32)
+            parts = (x[:32], y[:32]), (x[32:52], y[32:52]), (x[52:], y[52:])
+            yield pae.Task(name, 2, *parts, metric=pae.Metric("accuracy", grows))
+
+    def recipe():
+        rung = Phase(2, Rate(0.03, cosine=True))
+        train = Phase(3, Rate(0.1), pick_rate=Rate(0.02))
+        return Recipe(
+            "small", train, 8, ladder=Ladder((0.3, 0.6), rung, ramp=1.0, every=2), retrain=train, goal="baseline",
+            tolerance=0.2, expansion=Expansion(0.5, 1.5), sharing="picked", local_init="newest",
+        )
+
+    def small_run(net, path):
+        state = pae.init(net, jax.random.key(0))
+        return pae.learn_all(
+            net, state, list(tasks()), recipe(), key=jax.random.key(1), run=pae.Run(path), progress=False
+        )
+
+    def network():
+        return pae.linen(lambda width: pae.models.MLP(width, (8,)), jnp.zeros((1, 4)))
+"""
+STAGES = {
+    "baseline-a": ["0-trained"],
+    "01-a": ["0-trained", "0-pruned-0.300", "0-pruned-0.600"],
+    "baseline-b": ["0-trained"],
+    "02-b": ["0-trained", "1-trained", "1-pruned-0.300", "1-pruned-0.600", "1-retrained"],
+}
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The run as functions of this process."""
+    names = {}
+    exec(textwrap.dedent(PROGRAM), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def net(program):
+    return program["network"]()
+
+
+def facts_of(path):
+    """Everything a run leaves that must not depend on when it was killed."""
+    arrays = {stage.parent.name: pae.read_metadata(stage)["arrays"] for stage in path.glob("*/frozen")}
+    facts = {stage.parent.name: pae.read_metadata(stage)["metadata"] for stage in path.glob("*/frozen")}
+    texts = {
+        str(file.relative_to(path)): file.read_text()
+        for pattern in ("stages.csv", "accuracy.json", "*/records.json", "*/settings.json")
+        for file in path.glob(pattern)
+    }
+    rest = sorted(str(entry.relative_to(path)) for entry in path.glob("*/*"))
+    return arrays, facts, texts, rest
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program, net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    result = program["small_run"](net, path)
+    assert [outcome.status.name for outcome in result.outcomes] == ["GOAL_MET", "GOAL_MET"], result.outcomes
+    return path, result
+
+
+def test_the_run_has_a_stage_of_every_kind(uninterrupted):
+    path, result = uninterrupted
+    found = {
+        folder: [record["stage"] for record in json.loads((path / folder / "records.json").read_text())]
+        for folder in STAGES
+    }
+    assert found == STAGES
+    assert len(result.state.growth) == 1
+    assert result.state.tasks["b"].pick is not None
+
+
+class Interrupted(BaseException):
+    """What nothing catches, as nothing catches a kill."""
+
+
+class Interruptions:
+    """Raises once after every step of the run that changes something on disk, and once after every training."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def after(self, name, function, what):
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            moment = (name, *what(*arguments, **options))
+            if moment not in self.seen:
+                self.seen.add(moment)
+                raise Interrupted(str(moment))
+            return result
+
+        return call
+
+    @contextlib.contextmanager
+    def installed(self):
+        def file(path, *rest):
+            return path.parent.name, path.name, *(part for part in rest if isinstance(part, str))
+
+        def stage(path, *rest):
+            return path.parent.name, path.name
+
+        def event(run, event, **facts):
+            return event, facts["folder"], facts.get("stage")
+
+        def training(given, *rest):
+            # A task and its own network have the same key, and other weights.
+            state, weights = given.state, jax.tree.leaves(given.state.shared)[0]
+            return len(state.tasks), state.width, given.task, str(given.key), str(weights)
+
+        def folder(task_folder):
+            return (task_folder.path.name,)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_folder, "write_text", self.after("write", run_folder.write_text, file))
+            patch.setattr(checkpoint, "save", self.after("save", checkpoint.save, stage))
+            patch.setattr(run_folder.Run, "log", self.after("log", run_folder.Run.log, event))
+            patch.setattr(one_task, "trained", self.after("train", one_task.trained, training))
+            patch.setattr(run_folder.TaskFolder, "tidy", self.after("tidy", run_folder.TaskFolder.tidy, folder))
+            yield
+
+
+def test_stopped_after_every_single_step_a_run_ends_in_the_same_bits(program, net, uninterrupted, tmp_path):
+    """Each process gets one step further than the one before; there are as many as there are steps."""
+    interruptions, count = Interruptions(), 0
+    result = None
+    with interruptions.installed():
+        while result is None:
+            count += 1
+            assert count < 200
+            with contextlib.suppress(Interrupted):
+                result = program["small_run"](net, tmp_path)
+    kinds = [moment[0] for moment in interruptions.seen]
+    stages = sum(map(len, STAGES.values()))
+    assert kinds.count("train") == stages
+    assert kinds.count("save") == stages + len(STAGES)
+    assert kinds.count("log") == stages  # that they started; what is on disk is not announced again
+    assert count == len(kinds) + 1
+    assert facts_of(tmp_path) == facts_of(uninterrupted[0])
+    np.testing.assert_array_equal(result.matrix.values, uninterrupted[1].matrix.values)
+    for one, other in zip(result.outcomes, uninterrupted[1].outcomes, strict=True):
+        assert (one.records, one.status, one.value, one.test) == (other.records, other.status, other.value, other.test)
+    for task in program["tasks"]():
+        one, other = (pae.predict(net, r.state, task.name, task.test[0]) for r in (result, uninterrupted[1]))
+        np.testing.assert_array_equal(one, other)
+
+
+# Real kills
+
+KILLS = [
+    "event started 01-a 0-pruned-0.300",
+    "rename 02-b/0-trained",  # Orbax has written all of the stage, under its temporary name
+    "rename 02-b/records.json",
+]
+KILLING = """
+    import os, signal, sys
+
+    path, moment = sys.argv[1], sys.argv[2]
+    rename, replace, log = os.rename, os.replace, pae.Run.log
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(function):
+        def call(source, target, *rest, **options):
+            if moment.startswith("rename") and str(target).endswith(moment.split()[1]):
+                kill()
+            return function(source, target, *rest, **options)
+        return call
+
+    def logged(run, event, **facts):
+        log(run, event, **facts)
+        if moment == " ".join(["event", event, facts["folder"], facts.get("stage", "")]):
+            kill()
+
+    os.rename, os.replace, pae.Run.log = before(rename), before(replace), logged
+    small_run(network(), path)
+    print("ended")
+"""
+
+
+def test_killed_for_good_and_started_again_a_run_ends_in_the_same_bits(uninterrupted, tmp_path):
+    """kill -9 before a stage trains, while a stage is half on disk, and before the records of a task are there."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM) + textwrap.dedent(KILLING))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(pae.__file__).parent.parent),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.read("jax_disable_most_optimizations"))),
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        # What one process has compiled, the next one need not; the run that they are compared with compiled its own.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    path = tmp_path / "run"
+    for moment in [*KILLS, "never"]:
+        call = [sys.executable, str(program), str(path), moment]
+        done = subprocess.run(call, env=environment, capture_output=True, text=True)
+        assert done.returncode == (0 if moment == "never" else -signal.SIGKILL), done.stderr
+        if moment.startswith("rename") and "records" not in moment:
+            half = [entry.name for entry in (path / "02-b").iterdir() if "orbax-checkpoint-tmp" in entry.name]
+            assert half, "the kill came before anything was written"
+    assert done.stdout == "ended\n"
+    assert facts_of(path) == facts_of(uninterrupted[0])
