@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,8 +24,10 @@ from typing import Any
 
 import jax
 
+from pae_jax.version import __version__
+
 WARM_UP = 3
-_PACKAGES = ("pae-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _COMPILED: list[float] = []
 
 Way = Callable[[], Any]
@@ -48,21 +51,24 @@ def compilations() -> Iterator[SimpleNamespace]:
     found.count, found.seconds = len(_COMPILED) - before, round(sum(_COMPILED[before:]), 2)
 
 
-def in_turn(ways: Mapping[str, Way], repeats: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, after rounds of warming up that are not counted.
+def in_turn(ways: Mapping[str, Way], repeats: int, warm_up: int = WARM_UP, calls: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of a call of each way in each round, after rounds of warming up that are not counted.
 
     Args:
-      ways: what to time; each is called once per round, in this order.
+      ways: what to time, in this order in every round.
       repeats: rounds that count.
       warm_up: rounds before, at least 1: the first compiles.
+      calls: calls per round, of which the last is waited for: on an accelerator they overlap, as in a training loop.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + repeats):
         for name, way in ways.items():
             start = time.perf_counter()
+            for _ in range(calls - 1):
+                way()
             jax.block_until_ready(way())
             if number >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
     return times
 
 
@@ -126,23 +132,42 @@ def options(doc: str | None, repeats: int, *extra: tuple[str, dict[str, Any]]) -
     return parser.parse_args()
 
 
-def publish(settings: argparse.Namespace, cases: Mapping[str, Callable[[], dict[str, Any]]], **more: Any) -> None:
-    """Run the cases that are asked for, print each result, and write them all with what made them.
+def publish(
+    settings: argparse.Namespace,
+    cases: Mapping[str, Callable[[], dict[str, Any]]],
+    seconds: float = float("inf"),
+    **more: Any,
+) -> None:
+    """Run the cases that are asked for; print each result and write it, with what made it, as soon as it is there.
+
+    A case that fails is recorded as failed and does not stop the others; the exit status is then 1.
 
     Args:
       settings: from `options`.
       cases: name and measurement.
+      seconds: no case begins later than so many seconds from now; the result names those left out.
       **more: further entries of the result file.
     """
     chosen = {name: run for name, run in cases.items() if settings.only in name}
     if not chosen:
         raise SystemExit(f"no case contains {settings.only!r}; cases: {', '.join(cases)}")
     result: dict[str, Any] = {**_made_by(settings), **more, "cases": {}}
-    for name, run in chosen.items():
-        result["cases"][name] = run()
-        print(f"{name}: {json.dumps(result['cases'][name], indent=2)}", flush=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n")
+    start = time.perf_counter()
+    for name, run in chosen.items():
+        if time.perf_counter() - start > seconds:
+            result.setdefault("out_of_time", []).append(name)
+        else:
+            began = time.perf_counter()
+            try:
+                result["cases"][name] = run() | {"whole_case_seconds": round(time.perf_counter() - began, 1)}
+                print(f"{name}: {json.dumps(result['cases'][name], indent=2)}", flush=True)
+            except Exception as error:
+                traceback.print_exc()
+                result.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        settings.out.write_text(json.dumps(result, indent=2) + "\n")
+    if "failed" in result:
+        raise SystemExit(f"failed: {', '.join(result['failed'])}")
 
 
 def _made_by(settings: argparse.Namespace) -> dict[str, Any]:
@@ -161,6 +186,10 @@ def _made_by(settings: argparse.Namespace) -> dict[str, Any]:
             "machine": platform.machine(),
         },
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": {
+            "python": platform.python_version(),
+            "pae-jax": __version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
         "repeats": settings.repeats,
     }

@@ -30,20 +30,22 @@ BATCH, IMAGES, TASKS, EPOCHS = 32, 2250, 20, 330
 MATRIX = 4096
 
 
-def matmul_rate(repeats: int = 5) -> float:
-    """Return the operations per second of a product of large square matrices."""
-    a = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+def matmul_rate(size: int = MATRIX, dtype: str = "float32", repeats: int = 5) -> float:
+    """Return the operations per second of a product of large square matrices, at the default precision."""
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     seconds = harness.in_turn({"matmul": lambda: product(a, a)}, repeats, 1)["matmul"]
-    return 2 * MATRIX**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 
-def measure(width: float, repeats: int, epochs: int) -> dict[str, Any]:
+def measure(
+    width: float, repeats: int, epochs: int, model: Any = pae.models.VGG16, images: int = IMAGES, matrix: int = MATRIX
+) -> dict[str, Any]:
     """Return steps per second at a width, the operations of a step, and the time of all tasks."""
     shape = (32, 32, 3)
-    net = pae.linen(pae.models.VGG16, jnp.zeros((1, *shape)))
+    net = pae.linen(model, jnp.zeros((1, *shape)))
     state = steps.packed_state(net, width=width)
-    data = steps.random_examples(IMAGES, shape)
+    data = steps.random_examples(images, shape)
     tx = optax.sgd(1e-3, momentum=0.9, nesterov=True)
     options: Any = {"optimizer": tx, "epochs": epochs, "batch_size": BATCH, "augment": pae.data.crop_and_flip(4)}
 
@@ -51,10 +53,10 @@ def measure(width: float, repeats: int, epochs: int) -> dict[str, Any]:
         return pae.fit(net, state, "newest", data, key=jax.random.key(0), **options)[0].shared
 
     seconds = statistics.median(harness.in_turn({"fit": fit}, repeats, 1)["fit"])
-    rate = epochs * (IMAGES // BATCH) / seconds
+    rate = epochs * (images // BATCH) / seconds
     step = steps.packed_step(net, state, tx, steps.random_batch((BATCH, *shape)))
-    flops = step.lowered.cost_analysis()["flops"]
-    possible = matmul_rate() / flops
+    flops = step.operations
+    possible = matmul_rate(matrix) / flops
     total = TASKS * EPOCHS * (IMAGES // BATCH)
     return {
         "steps_per_second": harness.significant(rate, 3),

@@ -13,20 +13,13 @@ by, come without the name of their group, one by one and by person (three images
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import json
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import harness
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -44,14 +37,6 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "SmallCNN 112x92x1, batch 25": (pae.models.SmallCNN, (25, 112, 92, 1)),
     "ResNet18 32x32x3, batch 1": (pae.models.resnet18, (1, 32, 32, 3)),
 }
-COMPILED: list[str] = []
-
-
-def count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    """Note each program that XLA compiles."""
-    del duration_secs, kwargs
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(event)
 
 
 def frozen_state(net: pae.Net) -> pae.State:
@@ -63,36 +48,17 @@ def frozen_state(net: pae.Net) -> pae.State:
     return state
 
 
-def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each way, timed in turn after three rounds of warming up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 3):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            jax.block_until_ready(way())
-            if repeat >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def ratios(seconds: dict[str, float]) -> dict[str, float]:
-    """Return every time as a multiple of the first, and the first in seconds."""
-    (first, base), *others = seconds.items()
-    return {f"{first}_seconds": round(base, 7)} | {f"{name} / {first}": round(s / base, 3) for name, s in others}
-
-
 def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     """Compare the ways to answer for one task and for all, and count what switching tasks compiles."""
     net = pae.linen(model, jnp.zeros((1, *shape[1:])))
     state = frozen_state(net)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     fast, small = Server(net, state), Server(net, state, resident="masks")
-    before = len(COMPILED)
-    jax.block_until_ready((fast.predict(fast.tasks[0], x), small.predict(small.tasks[0], x)))
-    compiled_first = len(COMPILED) - before
-    for task in fast.tasks:
-        jax.block_until_ready((fast.predict(task, x), small.predict(task, x)))
-    compiled_by_switching = len(COMPILED) - before - compiled_first
+    with harness.compilations() as first:
+        jax.block_until_ready((fast.predict(fast.tasks[0], x), small.predict(small.tasks[0], x)))
+    with harness.compilations() as switching:
+        for task in fast.tasks:
+            jax.block_until_ready((fast.predict(task, x), small.predict(task, x)))
 
     entries = [state.tasks[task] for task in fast.tasks]
     operands = [(ownership.task_weights(state, entry), entry.local, entry.head) for entry in entries]
@@ -118,10 +84,10 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     }
     shared = sum(leaf.nbytes for leaf in jax.tree.leaves(state.shared))
     return {
-        "compiled by the first request": compiled_first,
-        "compiled by switching tasks": compiled_by_switching,
-        "one task": ratios(medians(one, repeats * TASKS)),
-        "all tasks": ratios(medians(every, repeats)),
+        "compiled by the first request": first.count,
+        "compiled by switching tasks": switching.count,
+        "one task": harness.compare(harness.in_turn(one, repeats * TASKS), "bare"),
+        "all tasks": harness.compare(harness.in_turn(every, repeats), "bare, one by one"),
         "first call together, seconds": compile_seconds,
         "resident bytes / shared bytes": {
             "weights": round(fast.nbytes / shared, 3),
@@ -175,28 +141,10 @@ def recognise(epochs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all cases and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of each kind (default 15)")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs per group of faces (default 12)")
-    parser.add_argument("--cases", nargs="*", default=list(CASES), help="which cases to time (default all)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serving.json")
-    options = parser.parse_args()
-    jax.monitoring.register_event_duration_secs_listener(count_compilation)
-    result: dict[str, Any] = {
-        "command": "python benchmarks/serving.py",
-        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
-        "repeats": options.repeats,
-        "faces": recognise(options.epochs),
-        "cases": {},
-    }
-    print("faces:", json.dumps(result["faces"], indent=2))
-    for name in options.cases:
-        model, shape = CASES[name]
-        result["cases"][name] = measure(model, shape, options.repeats)
-        print(f"{name}: {json.dumps(result['cases'][name], indent=2)}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    epochs = ("--epochs", {"type": int, "default": 12, "help": "epochs per group of faces (default 12)"})
+    settings = harness.options(__doc__, 15, epochs)
+    timings = {name: functools.partial(measure, *case, settings.repeats) for name, case in CASES.items()}
+    harness.publish(settings, {"faces": functools.partial(recognise, settings.epochs), **timings})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import harness
@@ -58,26 +59,28 @@ MORE = [
 ]
 
 
-def measure(model: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Return times, ratios and memory of the three steps."""
-    build, image = MODELS[model]
+def measure(build: Any, image: tuple[int, ...], batch: int, dtype: str, repeats: int, calls: int = 1) -> dict[str, Any]:
+    """Return times, ratios and memory of the three steps, and the operations of one."""
     net = pae.linen(functools.partial(_build, build, dtype), jnp.zeros((1, *image)))
     state = steps.packed_state(net)
     tx = optax.sgd(1e-3, momentum=0.9, nesterov=True)
     data = steps.random_batch((batch, *image))
     makers = {"plain": steps.plain_step, "packed": steps.packed_step, "user": steps.user_step}
     ways = {name: make(net, state, tx, data) for name, make in makers.items()}
+    with ThreadPoolExecutor() as pool:  # they compile side by side
+        list(pool.map(lambda way: way.compiled, ways.values()))
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.shared))
     memory = {name: harness.program_bytes(way.compiled) for name, way in ways.items()}
     per_weight = {name: sum(parts.values()) / weights for name, parts in memory.items()}
     per_weight["more"] = max(per_weight["packed"], per_weight["user"]) - per_weight["plain"]
-    times = harness.in_turn(ways, repeats)
+    times = harness.in_turn(ways, repeats, calls=calls)
     found = harness.compare(times, "plain")
     loops = harness.compare({name: times[name] for name in ("packed", "user")}, "packed")["ratios"]
     return {
         **found,
         "ratios": found["ratios"] | loops,
         "weights": weights,
+        "operations": ways["plain"].operations,
         "bytes_per_weight": {name: round(count, 2) for name, count in per_weight.items()},
         "bytes": memory,
     }
@@ -116,7 +119,7 @@ def main() -> None:
     every = ("--every", {"action": "store_true", "help": "all batch sizes and dtypes"})
     settings = harness.options(__doc__, 20, every)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
-        f"{model}, batch {batch}, {dtype}": functools.partial(measure, model, batch, dtype, settings.repeats)
+        f"{model}, batch {batch}, {dtype}": functools.partial(measure, *MODELS[model], batch, dtype, settings.repeats)
         for model, batch, dtype in (DEFAULT + MORE if settings.every or settings.only else DEFAULT)
     }
     harness.publish(settings, cases, compilations=traces())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,15 +47,23 @@ class Stepper:
     """A compiled step and the arrays that it changes in place; each call takes one step.
 
     Attributes:
-      lowered: the program before XLA's optimizations, for its operations.
-      compiled: the program, for its memory.
       moving: the arrays, replaced at every call.
     """
 
     def __init__(self, step: Any, moving: Any, *fixed: Any):
+        self.step, self.moving, self.fixed = step, moving, fixed
         self.lowered = step.lower(moving, *fixed)
-        self.compiled = self.lowered.compile()
-        self.moving, self.fixed = moving, fixed
+
+    @functools.cached_property
+    def operations(self) -> float:
+        """The operations of the program before XLA's optimizations; lowered for the CPU, which alone counts them."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            return self.step.lower(*trees.abstract((self.moving, *self.fixed))).cost_analysis()["flops"]
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The program, for its memory."""
+        return self.lowered.compile()
 
     def __call__(self) -> Any:
         """Take a step; return the arrays."""

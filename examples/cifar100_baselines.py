@@ -24,6 +24,7 @@ import pae_jax as pae
 from pae_jax import data
 from pae_jax.lifelong import learning
 from pae_jax.lifelong.recipes import Phase, Recipe
+from pae_jax.lifelong.session import stage_key
 from pae_jax.models.conv import Conv
 from pae_jax.reports import sizes
 
@@ -63,7 +64,7 @@ def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     state = start = pae.init(net, jax.random.fold_in(stream.key, 1))
     for i in range(len(stream)):
         task = stream[i]
-        state = _trained(net, start, task, recipe, learning.stage_key(stream.key, task.name, "sequential"))
+        state = _trained(net, start, task, recipe, stage_key(stream.key, task.name, "sequential"))
         heads_of.append(state.tasks[task.name].head)
         start = _without_tasks(net, state, task.name)
         for j, head in enumerate(heads_of):
@@ -102,7 +103,7 @@ def _joint(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         augment=data.crop_and_flip(4),
     )
     start = pae.init(stream.net, jax.random.fold_in(stream.key, 1))
-    state = _trained(stream.net, start, task, recipe, learning.stage_key(stream.key, "joint", "joint"))
+    state = _trained(stream.net, start, task, recipe, stage_key(stream.key, "joint", "joint"))
     x, y = together("test")
     right = np.asarray(loss.right(pae.predict(stream.net, state, "joint", x, batch_size=256), y))
     return {

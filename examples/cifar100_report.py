@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pae_jax.reports.plotting import Picture
+from pae_jax.reports import Picture
 
 METHODS = ("separate", "joint", "sequential", "frozen", "lora", "piggyback", "packnet", "pae", "cpg")
 COLOURS = {"separate": "0.35", "pae": "#1f77b4", "cpg": "#2ca02c", "packnet": "#d62728"}

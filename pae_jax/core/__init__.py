@@ -1,1 +1,33 @@
 """State to state: who owns which weight, and every pure function that changes it."""
+
+from pae_jax.core.expansion import expand as expand
+from pae_jax.core.flax import as_flax as as_flax
+from pae_jax.core.flax import commit as commit
+from pae_jax.core.flax import gate as gate
+from pae_jax.core.flax import task_variables as task_variables
+from pae_jax.core.integrity import check as check
+from pae_jax.core.integrity import verify as verify
+from pae_jax.core.ownership import free_fraction as free_fraction
+from pae_jax.core.ownership import masks as masks
+from pae_jax.core.ownership import owner_counts as owner_counts
+from pae_jax.core.ownership import trainable as trainable
+from pae_jax.core.packing import drop as drop
+from pae_jax.core.packing import freeze as freeze
+from pae_jax.core.packing import from_variables as from_variables
+from pae_jax.core.packing import init as init
+from pae_jax.core.packing import pack as pack
+from pae_jax.core.picking import Picking as Picking
+from pae_jax.core.pruning import CubicSchedule as CubicSchedule
+from pae_jax.core.pruning import Of as Of
+from pae_jax.core.pruning import prune as prune
+from pae_jax.core.selection import Scope as Scope
+from pae_jax.core.state import MAX_TASKS as MAX_TASKS
+from pae_jax.core.state import SHARING as SHARING
+from pae_jax.core.state import Growth as Growth
+from pae_jax.core.state import State as State
+from pae_jax.core.state import TaskState as TaskState
+from pae_jax.core.state import find as find
+from pae_jax.core.state import find_trainable as find_trainable
+from pae_jax.core.state import layout_of as layout_of
+from pae_jax.core.state import names as names
+from pae_jax.core.state import newest as newest

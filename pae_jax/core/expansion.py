@@ -14,9 +14,7 @@ from pae_jax.checks import check_key, check_width
 from pae_jax.core import ownership
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets.answers import trial_inputs
-from pae_jax.nets.forward import apply_backbone
-from pae_jax.nets.network import Net, batch_size
+from pae_jax.nets import Net, apply_backbone, batch_size, trial_inputs
 from pae_jax.trees import PARAMS, Tree, merge, path_name
 from pae_jax.widening import WidenMaps, widen_maps
 

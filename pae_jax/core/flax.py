@@ -17,9 +17,7 @@ from pae_jax.core import integrity, ownership
 from pae_jax.core.packing import plain_variables
 from pae_jax.core.state import State, TaskState, find, find_trainable
 from pae_jax.errors import ArgumentError, ForgettingError, StructureError
-from pae_jax.nets import nnx as nnx_adapter
-from pae_jax.nets.modes import mode_arguments
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, merged, mode_arguments
 from pae_jax.trees import PARAMS, Tree, flatten, merge, require_match
 
 _SOWN = ("intermediates", "Intermediate")
@@ -99,7 +97,7 @@ def as_flax(net: Net, state: State, task: str) -> tuple[Any, Any]:
         return NnxTask(program.module, output, program.call)
 
     graph, values = nnx.split(nnx.eval_shape(make))
-    module = nnx_adapter.merged(graph, list(nnx.to_flat_state(values)), variables, jax.random.key(0))
+    module = merged(graph, list(nnx.to_flat_state(values)), variables, jax.random.key(0))
     module.eval()
     return module, nnx.state(module)
 

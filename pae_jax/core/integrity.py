@@ -15,8 +15,7 @@ import numpy as np
 from pae_jax.core import ownership
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, heads
 from pae_jax.trees import Tree, describe, flatten, require_match
 
 

@@ -16,10 +16,7 @@ from pae_jax.core import integrity, ownership
 from pae_jax.core.picking import Picking, settle
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError, StructureError
-from pae_jax.nets import heads
-from pae_jax.nets import nnx as nnx_adapter
-from pae_jax.nets.answers import require_single_answers
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, heads, require_single_answers, variables_of
 from pae_jax.trees import Tree, merge, require_match
 
 
@@ -98,7 +95,7 @@ def _without_tasks(shared: Tree, local: Tree, width: float) -> State:
 def plain_variables(variables: Any) -> dict[str, Tree]:
     """Return the variables of a module as nested dicts: unboxed, unfrozen, taken out of NNX modules and states."""
     if isinstance(variables, (nnx.Module, nnx.State)):
-        return nnx_adapter.variables_of(variables)
+        return variables_of(variables)
     if not isinstance(variables, Mapping):
         raise StructureError("variables", "", type(variables).__name__, "{collection: nested dict}")
     plain = {}

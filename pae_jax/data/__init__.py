@@ -10,11 +10,13 @@ from pae_jax.data.cifar100 import LabelledImages as LabelledImages
 from pae_jax.data.cifar100 import LabelledPart as LabelledPart
 from pae_jax.data.cifar100 import load_cifar100 as load_cifar100
 from pae_jax.data.cifar100 import superclass_tasks as superclass_tasks
+from pae_jax.data.decoding import as_size as as_size
 from pae_jax.data.decoding import decode_rgb as decode_rgb
 from pae_jax.data.decoding import resized as resized
 from pae_jax.data.folders import ImageFolders as ImageFolders
 from pae_jax.data.folders import ImageSource as ImageSource
 from pae_jax.data.folders import image_folder as image_folder
+from pae_jax.data.optional import require as require
 from pae_jax.data.orl import FaceGroup as FaceGroup
 from pae_jax.data.orl import OrlFaces as OrlFaces
 from pae_jax.data.orl import groups as groups

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pae_jax.core import packing
-from pae_jax.core.state import State
+from pae_jax.core import State, packing
 from pae_jax.errors import ArgumentError
 from pae_jax.faces import graphdef, tensorflow_checkpoint, torch_weights
 from pae_jax.faces.placing import Weights
-from pae_jax.models.inception_resnet_v1 import InceptionResnetV1
-from pae_jax.nets.linen import linen
-from pae_jax.nets.network import Net
+from pae_jax.models import InceptionResnetV1
+from pae_jax.nets import Net, linen
 from pae_jax.training import evaluation
 from pae_jax.trees import Tree, merge
 

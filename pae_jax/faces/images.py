@@ -17,9 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from pae_jax.data.augmentation import centre_crop
-from pae_jax.data.decoding import as_size, decode_rgb, resized
-from pae_jax.data.optional import require
+from pae_jax.data import as_size, centre_crop, decode_rgb, require, resized
 from pae_jax.errors import DataError
 
 MAX_PIXELS = 80_000_000

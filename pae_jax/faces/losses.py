@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.errors import ArgumentError, DataError, StructureError
-from pae_jax.training.losses import Loss
-from pae_jax.training.losses import softmax_cross_entropy as softmax
+from pae_jax.training import Loss
+from pae_jax.training import softmax_cross_entropy as softmax
 
 
 def class_weights(counts: Sequence[int]) -> tuple[float, ...]:

@@ -102,7 +102,7 @@ class Verification:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the curve and of the distances; needs the `plot` extra."""
-        from pae_jax.reports.plotting import Picture
+        from pae_jax.reports import Picture
 
         figure = Picture(9.0, 4.0)
         curve, spread = figure.subplots(1, 2)

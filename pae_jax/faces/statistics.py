@@ -10,16 +10,14 @@ import numpy as np
 from flax import traverse_util
 
 from pae_jax.checks import check_count
-from pae_jax.core import integrity, ownership
-from pae_jax.core.state import State, find_trainable
+from pae_jax.core import State, find_trainable, integrity, ownership
 from pae_jax.errors import DataError, StructureError
 from pae_jax.faces.facenet import TASK
 from pae_jax.faces.naming import LAYERS
 from pae_jax.faces.placing import STATS
 from pae_jax.faces.tensorflow_weights import EPSILON
-from pae_jax.models.inception_resnet_v1 import InceptionResnetV1
-from pae_jax.nets.inputs import as_inputs, read_inputs
-from pae_jax.nets.network import Net
+from pae_jax.models import InceptionResnetV1
+from pae_jax.nets import Net, as_inputs, read_inputs
 from pae_jax.trees import PARAMS, Tree, merge
 
 

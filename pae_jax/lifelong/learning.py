@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from pae_jax.checks import check_key
-from pae_jax.core.packing import init
-from pae_jax.core.state import State
+from pae_jax.core import State, init
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.metrics import AccuracyMatrix
-from pae_jax.lifelong.one_task import Learner, stage_key
+from pae_jax.lifelong.one_task import Learner
 from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_call, check_stream, recipe_for
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, matrix_of, settings_of
+from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, Task
-from pae_jax.nets.network import Net
-from pae_jax.training.evaluation import EVAL_BATCH
-from pae_jax.training.sharding import Devices, devices_of
+from pae_jax.nets import Net
+from pae_jax.training import EVAL_BATCH, Devices, devices_of
 
 
 def learn(
@@ -51,7 +49,7 @@ def learn(
       state: the network; its newest task, if any, is frozen.
       task: what to learn.
       recipe: settings of the loop.
-      key: random key of the whole stream; each stage draws from `stage_key(key, task.name, stage)`.
+      key: random key of the whole stream; each stage draws from one that depends on the names of task and stage.
       run: folder that makes the call resumable and keeps records; None works in memory alone.
       goal: value of the metric to reach; None takes the recipe's.
       upcoming: tasks still to come after this one; sets equal shares, and the room left when the goal is missed.
@@ -83,21 +81,25 @@ def learn(
 
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
-    recipe, key = recipe_for(state, recipe), check_key(key)
-    devices = devices_of(devices)
-    checked = check_call(net, state, task, recipe, goal, upcoming, devices)
+    session = Session(net, recipe_for(state, recipe), check_key(key), run, devices_of(devices), progress)
+    return _learn(session, state, task, goal, upcoming)
+
+
+def _learn(session: Session, state: State, task: Task, goal: float | None, upcoming: int | None) -> Outcome:
+    """Do the work of `learn`."""
+    net, recipe = session.net, session.recipe
+    checked = check_call(net, state, task, recipe, goal, upcoming, session.devices)
     wanted = recipe.goal if goal is None else goal
     if wanted == "baseline":
         # A task that cannot start needs no goal, which would cost a training of its own.
         stuck = starting_width(net, state, recipe) is None
-        wanted = None if stuck else baseline(net, task, recipe, key=key, run=run, progress=progress, devices=devices)
-    goal = None if wanted is None else float(wanted)
+        wanted = None if stuck else _alone(session, task, None).value()
+    value = None if wanted is None else float(wanted)
     folder = None
-    if run is not None:
-        settings = settings_of(state, task, recipe, key, goal, upcoming)
-        folder = run.task_folder(f"{len(state.tasks) + 1:02d}-{task.name}", settings)
-    facts: Any = {"key": key, "goal": goal, "upcoming": upcoming, "run": run, "folder": folder}
-    return Learner(checked, state, recipe, **facts, devices=devices, progress=progress).learn()
+    if session.run is not None:
+        settings = settings_of(state, task, recipe, session.key, value, upcoming)
+        folder = session.run.task_folder(f"{len(state.tasks) + 1:02d}-{task.name}", settings)
+    return Learner(session, checked, state, value, upcoming, folder, task.name).learn()
 
 
 def baseline(
@@ -140,9 +142,8 @@ def baseline(
       >>> pae.baseline(net, task, recipe, key=jax.random.key(0)) > 0.9
       True
     """
-    learner = _alone(net, task, recipe, key, run, start, devices_of(devices), progress)
-    known = learner.finished_value()
-    return _learned(learner).value if known is None else known
+    session = Session(net, recipe, check_key(key), run, devices_of(devices), progress)
+    return _alone(session, task, start).value()
 
 
 def own_network(
@@ -157,19 +158,31 @@ def own_network(
     progress: bool = False,
 ) -> Outcome:
     """Train the task's own network, as `baseline` does, and return all that came of it."""
-    return _learned(_alone(net, task, recipe, key, run, start, devices_of(devices), progress))
+    session = Session(net, recipe, check_key(key), run, devices_of(devices), progress)
+    return _alone(session, task, start).outcome()
 
 
-def _alone(
-    net: Net,
-    task: Task,
-    recipe: Recipe,
-    key: jax.Array,
-    run: Run | None,
-    start: State | None,
-    devices: Devices | None,
-    progress: bool,
-) -> Learner:
+@dataclass(frozen=True)
+class _OwnNetwork:
+    """A task's own network, trained or about to be."""
+
+    learner: Learner
+
+    def outcome(self) -> Outcome:
+        """Train it; raise where that fails."""
+        found = self.learner.learn()
+        if not found.status.added:
+            raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
+        return found
+
+    def value(self) -> float:
+        """Return its metric, from disk if it is there."""
+        known = self.learner.finished_value()
+        return self.outcome().value if known is None else known
+
+
+def _alone(session: Session, task: Task, start: State | None) -> _OwnNetwork:
+    recipe = session.recipe
     # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
     whole = start is None or "shared" not in recipe.train.parts
     parts = WEIGHTS if whole else recipe.train.parts
@@ -185,25 +198,17 @@ def _alone(
         expansion=None,
         first=None,
     )
-    key = check_key(key)
+    session = replace(session, recipe=alone)
     if start is None:
-        start = init(net, stage_key(key, task.name, "init"))
+        start = init(session.net, session.stage_key(task.name, "init"))
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
-    checked = check_call(net, start, task, alone, None, None, devices)
+    checked = check_call(session.net, start, task, alone, None, None, session.devices)
     title, folder = f"{task.name} (own network)", None
-    if run is not None:
-        settings = settings_of(start, task, alone, key, None, None, title)
-        folder = run.task_folder(f"baseline-{task.name}", settings)
-    facts: Any = {"key": key, "goal": None, "upcoming": None, "run": run, "folder": folder}
-    return Learner(checked, start, alone, **facts, devices=devices, progress=progress, title=title)
-
-
-def _learned(learner: Learner) -> Outcome:
-    outcome = learner.learn()
-    if not outcome.status.added:
-        raise ArgumentError(f"the own network of task {outcome.task!r} {outcome.status.value}: lower its learning rate")
-    return outcome
+    if session.run is not None:
+        settings = settings_of(start, task, alone, session.key, None, None, title)
+        folder = session.run.task_folder(f"baseline-{task.name}", settings)
+    return _OwnNetwork(Learner(session, checked, start, None, None, folder, title))
 
 
 @dataclass(frozen=True)
@@ -262,24 +267,15 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
-    devices = devices_of(devices)
-    check_stream(net, state, tasks, recipe, goals, devices)
+    where = devices_of(devices)
+    check_stream(net, state, tasks, recipe, goals, where)
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
     for number, task in enumerate(tqdm(tasks, desc=recipe.name, unit="task", disable=not progress)):
-        outcome = learn(
-            net,
-            state,
-            task,
-            recipe,
-            key=key,
-            run=run,
-            goal=None if goals is None else goals.get(task.name),
-            upcoming=len(tasks) - number - 1,
-            devices=devices,
-            progress=progress,
-        )
+        session = Session(net, recipe_for(state, recipe), check_key(key), run, where, progress)
+        goal = None if goals is None else goals.get(task.name)
+        outcome = _learn(session, state, task, goal, len(tasks) - number - 1)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:

@@ -107,7 +107,7 @@ class AccuracyMatrix:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the matrix; needs the `plot` extra."""
-        from pae_jax.reports.plotting import Picture
+        from pae_jax.reports import Picture
 
         size = 1.6 + 0.55 * len(self.tasks)
         figure = Picture(size + 0.8, size)

@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from pae_jax.core import integrity, ownership, pruning
-from pae_jax.core.expansion import expand
-from pae_jax.core.packing import freeze, pack
-from pae_jax.core.pruning import CubicSchedule
-from pae_jax.core.state import State, find, newest
+from pae_jax.core import CubicSchedule, State, expand, find, freeze, integrity, newest, ownership, pack, pruning
 from pae_jax.errors import DivergedError
 from pae_jax.lifelong import policy
 from pae_jax.lifelong.optimizers import WithPicks, at_phase_rate
-from pae_jax.lifelong.policy import Outcome as Outcome
-from pae_jax.lifelong.policy import Stage, StageRecord, Status
+from pae_jax.lifelong.policy import Goal, Outcome, Stage, StageRecord, Status
 from pae_jax.lifelong.recipes import Ladder, Phase, Recipe
-from pae_jax.lifelong.run_folder import FROZEN, Run, TaskFolder, no_network
+from pae_jax.lifelong.run_folder import FROZEN, TaskFolder
+from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask
 from pae_jax.reports import sizes
-from pae_jax.training.choice import Best
-from pae_jax.training.fitting import trained
-from pae_jax.training.loop import History, Training
-from pae_jax.training.sharding import Devices
-
-
-def stage_key(key: jax.Array, task: str, stage: str) -> jax.Array:
-    """Return the random key of a stage; it depends on names alone, so a resumed run draws the same numbers."""
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(task.encode())), zlib.crc32(stage.encode()))
+from pae_jax.training import Best, History, Training, trained
 
 
 class Learner:
-    """One call of `learn`, written as a replay: a stage that is on disk is not computed again."""
+    """One call of `learn`, written as a replay: a stage that is on disk is not computed again.
+
+    Args:
+      session: what it shares with other tasks.
+      checked: the task.
+      start: the network before it.
+      goal: what to reach.
+      upcoming: tasks still to come; None if unknown.
+      folder: where its stages are; None works in memory alone.
+      title: its name in tables.
+    """
 
     def __init__(
         self,
+        session: Session,
         checked: CheckedTask,
-        state: State,
-        recipe: Recipe,
-        *,
-        key: jax.Array,
+        start: State,
         goal: float | None,
         upcoming: int | None,
-        run: Run | None,
         folder: TaskFolder | None,
-        devices: Devices | None,
-        progress: bool,
-        title: str | None = None,
+        title: str,
     ):
-        self.checked, self.net, self.task = checked, checked.net, checked.task
-        self.start, self.recipe, self.key, task = state, recipe, key, checked.task
-        self.goal, self.upcoming, self.run, self.folder, self.progress = goal, upcoming, run, folder, progress
-        self.devices, self.metric, self.title = devices, task.metric, title or task.name
+        self.session, self.checked, self.start, self.upcoming = session, checked, start, upcoming
+        self.net, self.recipe, self.run = session.net, session.recipe, session.run
+        self.task, self.folder, self.title = checked.task, folder, title
+        self.goal = Goal(self.task.metric, goal, self.recipe.tolerance)
         self.records: list[StageRecord] = []
-        self.heads = {name: e.head_spec for name, e in state.tasks.items() if not isinstance(e.head_spec, int)}
-        if not isinstance(task.head, int):
-            self.heads[task.name] = task.head
+        self.heads = {name: e.head_spec for name, e in start.tasks.items() if not isinstance(e.head_spec, int)}
+        if not isinstance(self.task.head, int):
+            self.heads[self.task.name] = self.task.head
         # Data of unknown length has nothing in its recipe that counts steps.
         self.steps = (checked.train and checked.train.steps) or 1
 
@@ -69,7 +61,7 @@ class Learner:
             return self._finished(self.folder)
         width = policy.starting_width(self.net, self.start, self.recipe)
         if width is None:
-            self._log("no capacity")
+            self._log("no capacity", {})
             return self._not_added(Status.NO_CAPACITY)
         attempt = 0
         while True:
@@ -77,9 +69,9 @@ class Learner:
             if trained.record.diverged:
                 return self._not_added(Status.DIVERGED)
             following = policy.next_width(self.net, width, self.recipe.expansion)
-            if self._reaches(trained) or following is None:
+            if self.goal.met_by(trained.record) or following is None:
                 return self._freeze(self._retrain(self._climb(trained, attempt), attempt))
-            trained.load = no_network
+            trained.let_go()
             width, attempt = following, attempt + 1
 
     def finished_value(self) -> float | None:
@@ -89,7 +81,7 @@ class Learner:
         return self._kept(self.folder, self.folder.metadata(FROZEN)).value
 
     def _train(self, label: str, width: float) -> tuple[State | None, StageRecord]:
-        key, task, recipe = stage_key(self.key, self.task.name, label), self.task, self.recipe
+        key, task, recipe = self.session.stage_key(self.task.name, label), self.task, self.recipe
         grow_key, pack_key, head_key, fit_key = jax.random.split(key, 4)
         state = self.start
         if width > state.width:
@@ -115,7 +107,7 @@ class Learner:
         ladder = self.recipe.ladder
         if ladder is None or not trained.record.weights:
             return trained
-        met, width = self._reaches(trained), trained.record.width
+        met, width = self.goal.met_by(trained.record), trained.record.width
         stuck = policy.next_width(self.net, width, self.recipe.expansion) is None
         room_needed = bool(self.upcoming) and stuck and not self.recipe.allow_empty
         stages, before, chosen = [trained], 0.0, trained
@@ -130,14 +122,13 @@ class Learner:
             stages.append(stage)
             before = rung
             records = [one.record for one in stages]
-            facts = (self.metric, self.goal, self.recipe.tolerance, met, room_needed)
-            number = policy.choose(records, ladder, *facts)
+            number = policy.choose(records, ladder, self.goal, met, room_needed)
             # What is chosen among all rungs is what is chosen now or comes later, so the others may be let go.
             for one in stages[:-1]:
                 if one is not stages[number]:
-                    one.load = no_network
+                    one.let_go()
             chosen = stages[number]
-            if met and policy.ends(ladder, records[1:], self.metric, self.goal, self.recipe.tolerance):
+            if met and policy.ends(ladder, records[1:], self.goal):
                 break
         return chosen
 
@@ -145,12 +136,12 @@ class Learner:
         if ladder.floor is None:
             return True
         found = math.nan if record.train_value is None else record.train_value
-        return self.metric.score(found) > self.metric.score(ladder.floor)
+        return self.goal.metric.score(found) > self.goal.metric.score(ladder.floor)
 
     def _rung(
         self, label: str, below: Stage, ladder: Ladder, before: float, rung: float
     ) -> tuple[State | None, StageRecord]:
-        state, key = below.load(), stage_key(self.key, self.task.name, label)
+        state, key = below.network(), self.session.stage_key(self.task.name, label)
         schedule = None
         if ladder.ramp:
             end = max(1, round(ladder.ramp * self.steps))
@@ -165,26 +156,26 @@ class Learner:
             return chosen
 
         def make(label: str) -> tuple[State | None, StageRecord]:
-            key = stage_key(self.key, self.task.name, label)
-            return self._measured(label, chosen.load(), [(phase, key)], chosen.record)
+            key = self.session.stage_key(self.task.name, label)
+            return self._measured(label, chosen.network(), [(phase, key)], chosen.record)
 
         again = self._stage(f"{attempt}-retrained", make)
         if again.record.diverged:
             return chosen
-        better = self.metric.score(again.record.value) > self.metric.score(chosen.record.value)
+        better = self.goal.metric.score(again.record.value) > self.goal.metric.score(chosen.record.value)
         return again if better else chosen
 
     def _freeze(self, chosen: Stage) -> Outcome:
-        state = freeze(chosen.load(), self.task.name)
+        state = freeze(chosen.network(), self.task.name)
         test = None
         if self.task.test is not None:
             test = self.checked.measured(state, "test")
         status = Status.LEARNED
-        if self.goal is not None:
-            status = Status.GOAL_MET if self._reaches(chosen) else Status.GOAL_MISSED
+        if self.goal.value is not None:
+            status = Status.GOAL_MET if self.goal.met_by(chosen.record) else Status.GOAL_MISSED
         if self.folder is not None:
             known = None if test is None or math.isnan(test) else test
-            more = {"status": status.name, "test": known, "goal": self.goal}
+            more = {"status": status.name, "test": known, "goal": self.goal.value}
             self.folder.write_records(self.records)
             self.folder.put(FROZEN, replace(chosen.record, stage=FROZEN, history=()), state, more)
             return self._finished(self.folder, state)
@@ -197,10 +188,10 @@ class Learner:
         if state is None:
             stage = folder.find(self.net, FROZEN, self.heads)
             assert stage is not None
-            state = stage.load()
+            state = stage.network()
             integrity.verify(state)
         else:
-            self._log(facts["status"].lower().replace("_", " "), value=record.value, test=facts["test"])
+            self._log(facts["status"].lower().replace("_", " "), {"value": record.value, "test": facts["test"]})
         return self._outcome(Status[facts["status"]], state, record, facts["test"])
 
     def _kept(self, folder: TaskFolder, facts: dict[str, Any]) -> StageRecord:
@@ -213,27 +204,43 @@ class Learner:
         return record
 
     def _outcome(self, status: Status, state: State, record: StageRecord, test: float | None) -> Outcome:
-        records = tuple(self.records)
         return Outcome(
-            status, state, self.task.name, record.value, self.goal, test, record.pruned, record.width, records
+            status,
+            state,
+            task=self.task.name,
+            value=record.value,
+            goal=self.goal.value,
+            test=test,
+            pruned=record.pruned,
+            width=record.width,
+            records=tuple(self.records),
         )
 
     def _not_added(self, status: Status) -> Outcome:
-        records, nothing = tuple(self.records), math.nan
-        return Outcome(status, self.start, self.task.name, nothing, self.goal, None, 0.0, self.start.width, records)
+        return Outcome(
+            status,
+            self.start,
+            task=self.task.name,
+            value=math.nan,
+            goal=self.goal.value,
+            test=None,
+            pruned=0.0,
+            width=self.start.width,
+            records=tuple(self.records),
+        )
 
     def _stage(self, label: str, make: Callable[[str], tuple[State | None, StageRecord]]) -> Stage:
         """Return a stage from disk, or make it and write it."""
         stage = self.folder.find(self.net, label, self.heads) if self.folder is not None else None
         if stage is None:
-            self._log("started", stage=label)
+            self._log("started", {"stage": label})
             state, record = make(label)
             if self.folder is not None and self.run is not None:
                 self.run.scalars(record)  # before the stage is there: a process killed between would not come back
                 self.folder.put(label, record, state, {})
             facts = {"value": record.value, "pruned": record.pruned, "epochs": record.epochs, "width": record.width}
-            self._log("diverged" if record.diverged else "finished", stage=label, **facts)
-            stage = Stage(record, lambda: cast("State", state))
+            self._log("diverged" if record.diverged else "finished", {"stage": label, **facts})
+            stage = Stage(record, None if state is None else lambda: state)
         self.records.append(stage.record)
         if self.run is not None:
             self.run.enter(stage.record)
@@ -251,8 +258,19 @@ class Learner:
         """Train phases, each with its key; return the network and its record, or no network if training diverged."""
         earlier = kept = before.epochs if before is not None else 0
         rows: list[dict[str, float]] = []
-        facts = (self.title, label, state.width, 0.0, math.nan, None, earlier, kept, 0, 0)
-        record = StageRecord(*facts, metric=self.metric.name)
+        record = StageRecord(
+            task=self.title,
+            stage=label,
+            width=state.width,
+            pruned=0.0,
+            value=math.nan,
+            train_value=None,
+            epochs=earlier,
+            kept_epoch=kept,
+            weights=0,
+            free=0,
+            metric=self.goal.metric.name,
+        )
         try:
             for phase, key in phases:
                 state, history = self._fit(state, phase, key, schedule)
@@ -295,9 +313,9 @@ class Learner:
             key=key,
             pruning=schedule,
             keep=keep,
-            devices=self.devices or Devices(),
+            devices=self.session.devices,
             rates=lambda step: (pick_rate(step), rate(step)),
-            progress=self.progress,
+            progress=self.session.progress,
         )
         optimizer = at_phase_rate(phase.optimizer)
         if picked:
@@ -305,12 +323,9 @@ class Learner:
         parts = (*phase.parts, *(["pick"] if picked else []))
         return trained(training, optimizer, self.recipe.batch_size, parts)
 
-    def _reaches(self, stage: Stage) -> bool:
-        return self.goal is None or self.metric.reaches(stage.record.value, self.goal, self.recipe.tolerance)
-
-    def _log(self, event: str, **facts: Any) -> None:
+    def _log(self, event: str, facts: Mapping[str, str | float | None]) -> None:
         if self.run is not None and self.folder is not None:
-            self.run.log(event, task=self.title, folder=self.folder.path.name, **facts)
+            self.run.log(event, {"task": self.title, "folder": self.folder.path.name, **facts})
 
 
 def _local_init(state: State, recipe: Recipe) -> str:

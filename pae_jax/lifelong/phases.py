@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pae_jax.checks import check_choice, check_count, check_fraction, check_number
-from pae_jax.core.pruning import Of
-from pae_jax.core.selection import Scope
+from pae_jax.core import Of, Scope
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam, Optimizer, Sgd
-from pae_jax.training.choice import Plateau
+from pae_jax.training import Plateau
 
 _SGD, _ADAM = Sgd(), Adam()
 WEIGHTS: tuple[Literal["shared", "local", "head"], ...] = ("shared", "local", "head")

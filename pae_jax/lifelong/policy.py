@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from pae_jax.core import ownership
-from pae_jax.core.state import State
+from pae_jax.core import State, ownership
+from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.recipes import Expansion, Ladder, Recipe
 from pae_jax.lifelong.task import Metric
-from pae_jax.nets.network import Net, width_for
+from pae_jax.nets import Net, width_for
 
 
 class Status(enum.Enum):
@@ -98,10 +98,44 @@ def _or_nan(value: float | None) -> float:
 
 @dataclass
 class Stage:
-    """A stage of a task: its record, and the network, read from disk only when asked for."""
+    """A stage of a task: its record, and the network, read from disk only when asked for.
+
+    Attributes:
+      record: what is known of it.
+      read: returns the network; None where training diverged, or the network was let go.
+    """
 
     record: StageRecord
-    load: Callable[[], State]
+    read: Callable[[], State] | None
+
+    def network(self) -> State:
+        """Return the network."""
+        if self.read is None:
+            raise ArgumentError(f"stage {self.record.stage!r} has no network: it diverged, or another one was chosen")
+        return self.read()
+
+    def let_go(self) -> None:
+        """Keep the record alone, so that the memory of the network can be freed."""
+        self.read = None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a task has to reach on validation data.
+
+    Attributes:
+      metric: what is measured.
+      value: of the metric, to be reached; None where nothing is.
+      tolerance: how much worse still counts.
+    """
+
+    metric: Metric
+    value: float | None = None
+    tolerance: float = 0.0
+
+    def met_by(self, record: StageRecord) -> bool:
+        """Say whether a stage reaches the goal; every stage does where there is none."""
+        return self.value is None or self.metric.reaches(record.value, self.value, self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -198,30 +232,22 @@ def rungs(ladder: Ladder, met: bool, upcoming: int | None) -> tuple[float, ...]:
     return (*lower, *ladder.rungs[len(lower) : len(lower) + 1]) if needed > 0 else ()
 
 
-def ends(ladder: Ladder, climbed: Sequence[StageRecord], metric: Metric, goal: float | None, tolerance: float) -> bool:
+def ends(ladder: Ladder, climbed: Sequence[StageRecord], goal: Goal) -> bool:
     """Say whether the ladder ends after the last of these rungs: too many misses in a row."""
-    if ladder.misses is None or goal is None or len(climbed) < ladder.misses:
+    if ladder.misses is None or goal.value is None or len(climbed) < ladder.misses:
         return False
-    return not any(metric.reaches(record.value, goal, tolerance) for record in climbed[-ladder.misses :])
+    return not any(goal.met_by(record) for record in climbed[-ladder.misses :])
 
 
 def choose(
-    records: Sequence[StageRecord],
-    ladder: Ladder,
-    metric: Metric,
-    goal: float | None,
-    tolerance: float,
-    met: bool,
-    room_needed: bool = False,
+    records: Sequence[StageRecord], ladder: Ladder, goal: Goal, met: bool = True, room_needed: bool = False
 ) -> int:
     """Return the position of the stage to keep, among the unpruned one and the rungs climbed, smallest fraction first.
 
     Args:
       records: the unpruned stage first.
       ladder: how to choose.
-      metric: of the task.
-      goal: value to reach; None without.
-      tolerance: how much worse still counts.
+      goal: what to reach.
       met: whether the unpruned stage reaches the goal; if not, the largest fraction is taken, to leave room.
       room_needed: whether tasks are to come and the network cannot grow, so that the unpruned stage would end the
         stream; the lowest rung is taken in its place.
@@ -230,8 +256,8 @@ def choose(
     if not met or ladder.choose == "last":
         return last
     lowest = min(int(room_needed), last)
-    if ladder.choose == "best_accuracy" or goal is None:
-        scores = [metric.score(record.value) for record in records[lowest:]]
+    if ladder.choose == "best_accuracy" or goal.value is None:
+        scores = [goal.metric.score(record.value) for record in records[lowest:]]
         return lowest + scores.index(max(scores))  # the first on ties, as the paper's scripts do
-    reaching = (i for i, r in enumerate(records) if metric.reaches(r.value, goal, tolerance))
+    reaching = (position for position, record in enumerate(records) if goal.met_by(record))
     return max(lowest, *reaching, 0)

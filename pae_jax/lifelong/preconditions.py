@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core import integrity
-from pae_jax.core.state import MAX_TASKS, State, find, names, newest
+from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.task import CheckedTask, Task
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
-from pae_jax.training.sharding import Devices
+from pae_jax.nets import Net, heads
+from pae_jax.training import Devices
 
 
 def recipe_for(state: State, recipe: Recipe) -> Recipe:

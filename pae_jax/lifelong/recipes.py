@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count, check_number
-from pae_jax.core.picking import Picking
-from pae_jax.core.state import SHARING
+from pae_jax.core import SHARING, Picking
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam as Adam
 from pae_jax.lifelong.optimizers import Sgd as Sgd
@@ -19,7 +18,7 @@ from pae_jax.lifelong.phases import Expansion as Expansion
 from pae_jax.lifelong.phases import Ladder as Ladder
 from pae_jax.lifelong.phases import Phase as Phase
 from pae_jax.lifelong.phases import Rate as Rate
-from pae_jax.training.choice import Plateau
+from pae_jax.training import Plateau
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,13 @@ import jax
 import numpy as np
 
 from pae_jax.checks import check_choice
-from pae_jax.core import integrity
-from pae_jax.core.state import State, find, names
+from pae_jax.core import State, find, integrity, names
 from pae_jax.errors import ArgumentError, CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import Stage, StageRecord
 from pae_jax.lifelong.recipes import Recipe, plain
 from pae_jax.lifelong.task import Task
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, heads
 from pae_jax.storage import checkpoint
 from pae_jax.trees import describe, flatten
 
@@ -95,7 +93,7 @@ class Run:
         rows = [{"after": name, "accuracies": row} for name, row in self._accuracies]
         write_text(self.path / "accuracy.json", _dumps(rows, indent=1))
 
-    def log(self, event: str, **facts: Any) -> None:
+    def log(self, event: str, facts: Mapping[str, str | float | None]) -> None:
         """Append a line to `events.jsonl`; numbers that are not finite are null."""
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         with (self.path / "events.jsonl").open("a") as file:
@@ -173,7 +171,7 @@ class TaskFolder:
         """Return a stage that an earlier process has finished, None if there is none."""
         folder, failure = self.path / label, self.path / f"{label}.json"
         if failure.exists():
-            return Stage(StageRecord.from_json(json.loads(failure.read_text())), no_network)
+            return Stage(StageRecord.from_json(json.loads(failure.read_text())), None)
         if not folder.exists():
             return None
         record = StageRecord.from_json(self.metadata(label)["record"])
@@ -259,11 +257,6 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
     os.replace(aside, path)
-
-
-def no_network() -> State:
-    """Take the place of `Stage.load` where there is no network, or it was let go."""
-    raise ArgumentError("this stage has no network: it diverged, or another one was chosen")
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

@@ -12,13 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_choice, check_name
-from pae_jax.core.state import State, find
+from pae_jax.core import State, find
 from pae_jax.errors import ArgumentError
-from pae_jax.nets.inputs import examples
-from pae_jax.nets.network import Net
-from pae_jax.training.batches import Augment, Feed, Form, feed, form
-from pae_jax.training.evaluation import EVAL_BATCH, evaluate_state, predict
-from pae_jax.training.losses import Loss, LossPer, Objective, accuracy, objective
+from pae_jax.nets import Net, examples
+from pae_jax.training import (
+    EVAL_BATCH,
+    Augment,
+    Feed,
+    Form,
+    Loss,
+    LossPer,
+    Objective,
+    accuracy,
+    evaluate_state,
+    feed,
+    form,
+    objective,
+    predict,
+)
 
 Measure = Callable[[Net, State, str, Any], float]
 _WHOLE = 2**31 - 1

@@ -11,9 +11,9 @@ from flax import nnx
 
 from pae_jax.caching import Cache
 from pae_jax.errors import ArgumentError, StructureError
-from pae_jax.nets import linen as linen_adapter
-from pae_jax.nets import nnx as nnx_adapter
+from pae_jax.nets.linen import program as linen_program
 from pae_jax.nets.network import Net, Program, batch_size, require_batch_axis, zeros
+from pae_jax.nets.nnx import program as nnx_program
 from pae_jax.trees import Tree, sketch
 
 _LAYOUTS, _INITS = Cache(64), Cache(8)
@@ -47,10 +47,10 @@ def program(head: Any) -> Program:
     if head is None:
         return Program(lambda key, x: {}, lambda variables, x, train, rngs: (x, {}), None)
     if isinstance(head, int):
-        return linen_adapter.program(nn.Dense(head))
+        return linen_program(nn.Dense(head))
     if isinstance(head, nn.Module):
-        return linen_adapter.program(head)
-    return nnx_adapter.program(lambda key: nnx.clone(head))
+        return linen_program(head)
+    return nnx_program(lambda key: nnx.clone(head))
 
 
 def layout(net: Net, head: Any, width: float) -> tuple[Any, Any]:

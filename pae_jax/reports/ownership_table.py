@@ -9,9 +9,7 @@ import jax
 import numpy as np
 
 from pae_jax import html
-from pae_jax.core import ownership
-from pae_jax.core.ownership import owner_counts
-from pae_jax.core.state import State, TaskState, names
+from pae_jax.core import State, TaskState, names, owner_counts, ownership
 
 
 @dataclass(frozen=True)

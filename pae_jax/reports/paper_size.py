@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
-from pae_jax.core.state import State
+from pae_jax.core import State
 from pae_jax.errors import ArgumentError, UnknownTaskError
 from pae_jax.reports.ownership_table import report
 from pae_jax.reports.size_table import MB, Sizes, values

@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_width
-from pae_jax.core import ownership
-from pae_jax.core.state import State, TaskState, find, names
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
+from pae_jax.core import State, TaskState, find, names, ownership
+from pae_jax.nets import Net, heads
 from pae_jax.reports.paper_size import CSV_COLUMNS as CSV_COLUMNS
 from pae_jax.reports.paper_size import Counts as Counts
 from pae_jax.reports.paper_size import count as count

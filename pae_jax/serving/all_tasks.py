@@ -16,11 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.caching import Cache
-from pae_jax.core import ownership
-from pae_jax.core.state import State, TaskState
-from pae_jax.nets import heads
-from pae_jax.nets.forward import apply_backbone, apply_task
-from pae_jax.nets.network import Net
+from pae_jax.core import State, TaskState, ownership
+from pae_jax.nets import Net, apply_backbone, apply_task, heads
 from pae_jax.trees import Tree
 
 By = Literal["confidence", "entropy"]

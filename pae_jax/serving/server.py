@@ -13,15 +13,12 @@ import jax
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count
-from pae_jax.core import integrity, ownership
-from pae_jax.core.state import State, TaskState, find, names
+from pae_jax.core import State, TaskState, find, integrity, names, ownership
 from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError
-from pae_jax.nets import heads, inputs
-from pae_jax.nets.forward import apply_task
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, apply_task, heads, inputs
 from pae_jax.serving import all_tasks
 from pae_jax.serving.all_tasks import By, Inference
-from pae_jax.training.evaluation import EVAL_BATCH
+from pae_jax.training import EVAL_BATCH
 from pae_jax.trees import Tree
 
 

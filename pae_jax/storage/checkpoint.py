@@ -20,12 +20,9 @@ import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pae_jax.core import integrity, ownership, picking
-from pae_jax.core.picking import Picking
-from pae_jax.core.state import Growth, State, TaskState, layout_of, names
+from pae_jax.core import Growth, Picking, State, TaskState, integrity, layout_of, names, ownership, picking
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, heads
 from pae_jax.trees import Tree, abstract, describe, flatten, require_match
 from pae_jax.version import __version__
 from pae_jax.widening import WidenMaps

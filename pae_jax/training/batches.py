@@ -14,10 +14,7 @@ import numpy as np
 from pae_jax.caching import Cache
 from pae_jax.checks import check_count
 from pae_jax.errors import DataError
-from pae_jax.nets import heads
-from pae_jax.nets.forward import task_function
-from pae_jax.nets.inputs import examples, read_inputs
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, examples, heads, read_inputs, task_function
 from pae_jax.trees import Tree, flatten, sketch
 
 Batch = tuple[Tree, Tree]

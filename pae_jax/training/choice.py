@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core.state import State
+from pae_jax.core import State
 from pae_jax.errors import ArgumentError
 from pae_jax.training.train_state import TrainState
 

@@ -7,11 +7,8 @@ from typing import Any
 
 import jax
 
-from pae_jax.core import integrity, ownership
-from pae_jax.core.state import State, TaskState, find
-from pae_jax.nets.forward import apply_backbone, apply_task
-from pae_jax.nets.inputs import as_inputs, examples, in_pieces
-from pae_jax.nets.network import Net
+from pae_jax.core import State, TaskState, find, integrity, ownership
+from pae_jax.nets import Net, apply_backbone, apply_task, as_inputs, examples, in_pieces
 from pae_jax.training.batches import Feed, Form, feed, form, pad
 from pae_jax.training.losses import Loss, LossPer, Objective, Values, objective
 from pae_jax.training.steps import eval_step

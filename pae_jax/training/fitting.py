@@ -11,11 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from pae_jax.checks import check_choice, check_count, check_key
-from pae_jax.core import integrity
-from pae_jax.core.pruning import CubicSchedule
-from pae_jax.core.state import State, find_trainable
+from pae_jax.core import CubicSchedule, State, find_trainable, integrity
 from pae_jax.errors import ArgumentError
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net
 from pae_jax.training.batches import Augment, feed, form
 from pae_jax.training.choice import Best
 from pae_jax.training.evaluation import EVAL_BATCH

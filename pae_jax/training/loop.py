@@ -12,11 +12,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pae_jax import html
-from pae_jax.core import pruning
-from pae_jax.core.pruning import CubicSchedule
-from pae_jax.core.state import State
+from pae_jax.core import CubicSchedule, State, pruning
 from pae_jax.errors import ArgumentError, DivergedError
-from pae_jax.nets.inputs import as_inputs
+from pae_jax.nets import as_inputs
 from pae_jax.training import steps
 from pae_jax.training.batches import Feed, Form
 from pae_jax.training.choice import Best, Progress

@@ -12,11 +12,11 @@ import optax
 
 from pae_jax.caching import Cache, program_text
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net
+from pae_jax.nets import Net, heads
 from pae_jax.training.batches import Augment
 from pae_jax.training.losses import Objective
-from pae_jax.training.train_state import TrainState, transformation
+from pae_jax.training.optimizer import transformation
+from pae_jax.training.train_state import TrainState
 from pae_jax.trees import Tree
 
 _TRAIN, _EVAL = Cache(8), Cache(16)

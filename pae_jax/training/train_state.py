@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Collection
 from typing import Any
 
@@ -14,14 +13,12 @@ import optax
 from flax import traverse_util
 
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
-from pae_jax.core import flax, integrity, ownership, picking, pruning
-from pae_jax.core.picking import Picking
-from pae_jax.core.pruning import Of
-from pae_jax.core.selection import Scope
-from pae_jax.core.state import State, find_trainable, names
+from pae_jax.core import Of, Picking, Scope, State, find_trainable, flax, integrity, names, ownership, picking, pruning
 from pae_jax.errors import ArgumentError, ForgettingError, UnknownTaskError
-from pae_jax.nets import heads
-from pae_jax.nets.network import Net, Rngs
+from pae_jax.nets import Net, Rngs, heads
+from pae_jax.training.optimizer import transformation
+from pae_jax.training.pickling import picklable
+from pae_jax.training.variables import joined, paths, strayed, with_updates, without_empty
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
@@ -123,13 +120,13 @@ class TrainState:
         own, _ = ownership.counts(state.owner, task_id)
         owns = [True] * len(jax.tree.leaves(weights)) if is_traced(own) else (np.asarray(own) > 0).tolist()
         flat = traverse_util.flatten_dict(weights)
-        moving = [path for path, some in zip(_paths(weights), owns, strict=True) if some and "shared" in parts]
+        moving = [path for path, some in zip(paths(weights), owns, strict=True) if some and "shared" in parts]
         local, head = entry.local.get(PARAMS, {}), entry.head.get(PARAMS, {})
         everything = {"shared": traverse_util.unflatten_dict({path: flat[path] for path in moving})}
         everything |= {"local": local, "head": head} | ({"pick": entry.pick} if picks else {})
         params = {part: everything[part] for part in PARTS if part in everything and part in parts}
         still = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path not in set(moving)})
-        backbone = {**entry.local, PARAMS: _joined(still, {} if "local" in params else local)}
+        backbone = {**entry.local, PARAMS: joined(still, {} if "local" in params else local)}
         output = {**entry.head, PARAMS: {} if "head" in params else head}
         kept = {"backbone": backbone, "head": output} | ({} if "pick" in params or not picks else {"pick": entry.pick})
         copied = jax.tree.map(jnp.copy, (params, kept, state.owner))
@@ -229,7 +226,7 @@ class TrainState:
             new_slow: Any = optax.apply_updates(slow, changes.slow)
             slow, changes = self.own(new_slow), changes.fast
         new: Any = optax.apply_updates(self.params, changes)
-        variables = {part: _moved(tree, updates.get(part, {})) for part, tree in self.variables.items()}
+        variables = {part: with_updates(tree, updates.get(part, {})) for part, tree in self.variables.items()}
         if good is None:
             params = self._pinned(new)
         else:
@@ -288,8 +285,7 @@ class TrainState:
         task = self._task(state)
         find_trainable(state, task, "commit")
         if not is_traced((self.owner, state.owner)):
-            strayed = flatten(_strayed(self.owner, state.owner, self.task_id))
-            for path, count in strayed.items():
+            for path, count in flatten(strayed(self.owner, state.owner, self.task_id)).items():
                 if int(count):
                     raise ForgettingError(
                         f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. Commit "
@@ -326,19 +322,19 @@ class TrainState:
             shared = self._shared_of(backbone)
             factors = self.picking.straight_through(pick)
             effective = ownership.effective(shared, self.owner, self.task_id, self.sharing, factors)
-            backbone = {**backbone, PARAMS: _joined(backbone[PARAMS], effective)}
+            backbone = {**backbone, PARAMS: joined(backbone[PARAMS], effective)}
         return backbone, head
 
     def raw_variables(self) -> tuple[Tree, Tree, Tree | None]:
         """Return `(backbone, head, pick)` as the state holds them."""
         backbone, head, pick = self._variables(self.params)
-        return _without_empty(backbone), _without_empty(head), pick
+        return without_empty(backbone), without_empty(head), pick
 
     def _variables(self, params: Params) -> tuple[Tree, Tree, Tree | None]:
         backbone, head = self.variables["backbone"], self.variables["head"]
-        trained = _joined(params.get("shared", {}), params.get("local", {}))
-        backbone = {**backbone, PARAMS: _joined(backbone[PARAMS], trained)}
-        head = {**head, PARAMS: _joined(head[PARAMS], params.get("head", {}))}
+        trained = joined(params.get("shared", {}), params.get("local", {}))
+        backbone = {**backbone, PARAMS: joined(backbone[PARAMS], trained)}
+        head = {**head, PARAMS: joined(head[PARAMS], params.get("head", {}))}
         return backbone, head, params.get("pick", self.variables.get("pick"))
 
     def all_shared(self) -> Tree:
@@ -353,7 +349,7 @@ class TrainState:
         flat = traverse_util.flatten_dict(shared)
         if "shared" not in self.params:
             backbone = {**self.variables["backbone"]}
-            backbone[PARAMS] = _joined(backbone[PARAMS], shared)
+            backbone[PARAMS] = joined(backbone[PARAMS], shared)
             return dataclasses.replace(self, owner=owner, variables={**self.variables, "backbone": backbone})
         mine = {path: flat[path] for path in traverse_util.flatten_dict(self.params["shared"])}
         params = {**self.params, "shared": traverse_util.unflatten_dict(mine)}
@@ -425,7 +421,7 @@ class TrainState:
         key = fields["key"]
         if key is not None:
             fields["key"] = (np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key)))
-        return fields | {name: _picklable(fields[name], name) for name in ("net", "tx", "head_spec")}
+        return fields | {name: picklable(fields[name], name) for name in ("net", "tx", "head_spec")}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """Undo `__getstate__`."""
@@ -445,71 +441,3 @@ class TrainState:
 
 
 _ARRAYS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name not in _STATIC)
-
-
-class LeftOut:
-    """Stands where pickle could not keep a function; `replace` puts it back."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        raise ArgumentError(
-            f"this TrainState was unpickled without its {self.name}, which pickle cannot keep: put it back by "
-            f"ts.replace({self.name}=...)"
-        )
-
-
-def _picklable(value: Any, name: str) -> Any:
-    try:
-        pickle.dumps(value)
-    except Exception:  # pickle raises many types
-        return LeftOut(name)
-    return value
-
-
-def transformation(optimizer: Any) -> optax.GradientTransformation:
-    """Return an optimizer as a gradient transformation: of optax, `optax.MultiSteps`, or of `pae.recipes`."""
-    if getattr(optimizer, "learning_rate", 1.0) is None:
-        name = type(optimizer).__name__
-        raise ArgumentError(
-            f"{name} needs a learning rate here, {name}(learning_rate=0.01); in a recipe its phase has one"
-        )
-    for method in ("transformation", "gradient_transformation"):
-        if hasattr(optimizer, method):
-            return getattr(optimizer, method)()
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ArgumentError(f"an optimizer must be an optax gradient transformation, found {type(optimizer).__name__}")
-    return optimizer
-
-
-def _paths(tree: Tree) -> list[tuple[str, ...]]:
-    """Return the paths of a tree's leaves as tuples, in the order in which JAX flattens them."""
-    return [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _joined(tree: Tree, other: Tree) -> Tree:
-    flat = {**traverse_util.flatten_dict(tree), **traverse_util.flatten_dict(other)}
-    return traverse_util.unflatten_dict(flat)
-
-
-def _without_empty(variables: Tree) -> Tree:
-    return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
-
-
-def _moved(variables: Tree, updates: Tree) -> Tree:
-    """Return variables with collections after a call; what was sown has no place in them."""
-
-    def collection(name: str) -> Tree:
-        flat, found = (traverse_util.flatten_dict(tree.get(name, {})) for tree in (variables, updates))
-        return traverse_util.unflatten_dict({path: found.get(path, leaf) for path, leaf in flat.items()})
-
-    return {name: collection(name) for name in variables}
-
-
-@jax.jit
-def _strayed(owner: Tree, before: Tree, task_id: jax.Array) -> Tree:
-    """Count per leaf the weights whose owner changed otherwise than by a release."""
-    return jax.tree.map(lambda o, b: jnp.sum((o != b) & ~((b == task_id) & (o == ownership.FREE))), owner, before)

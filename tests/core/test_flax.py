@@ -312,7 +312,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -396,22 +396,23 @@ ALL_PICKED = {
 
 
 @pytest.mark.parametrize("name", ALL_PICKED)
-def test_a_task_that_picks_every_older_weight_is_bit_identical_to_one_that_shares_all(
-    net, two_and_picks, quick_fit, data, assert_same, name
+def test_a_task_that_picks_every_older_weight_is_one_that_shares_all(
+    net, two_and_picks, quick_fit, data, assert_same, assert_close, name
 ):
     start = pae.drop(two_and_picks, "c")
     plain = pae.pack(net, start, "c", head=2, key=jax.random.key(6))
     rule = pae.Picking(ternary=name == "ternary")
     picked = pae.pack(net, start, "c", head=2, key=jax.random.key(6), sharing="picked", picking=rule)
+    assert_same(pae.predict(net, picked, "c", data[0]), pae.predict(net, plain, "c", data[0]))
     optimizer, options = ALL_PICKED[name]
     tx = OPTIMIZERS[optimizer]()
     tx = tx if options else with_picks(tx, optax.chain(optax.adam(0.01), optax.set_to_zero()))
     plain, history = quick_fit(plain, "c", optimizer=tx)
     picked, found = quick_fit(picked, "c", optimizer=tx, **options)
-    assert history.rows == found.rows
+    assert_close(found.rows, history.rows)
     for state, other in ((picked, plain), tuple(pae.freeze(pae.prune(s, "c", 0.5), "c") for s in (picked, plain))):
-        assert_same(part_of(state, "c"), part_of(other, "c"))
-        assert_same(pae.predict(net, state, "c", data[0]), pae.predict(net, other, "c", data[0]))
+        assert_close(part_of(state, "c"), part_of(other, "c"))
+        assert_close(pae.predict(net, state, "c", data[0]), pae.predict(net, other, "c", data[0]))
         assert_same(pae.masks(state, "c"), pae.masks(other, "c"))
         pae.verify(state)
 

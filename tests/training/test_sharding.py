@@ -41,7 +41,8 @@ def runs(tmp_path_factory):
     """Results of the same trainings on 8 devices of one process and on 2 processes."""
     folder = tmp_path_factory.mktemp("devices")
     address = f"localhost:{free_port()}"
-    one = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    one = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     two = dict(os.environ, JAX_PLATFORMS="cpu")
     calls = [(one, 1, 0, "eight"), (two, 2, 0, "first"), (two, 2, 1, "second")]
     processes = [

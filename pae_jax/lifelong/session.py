@@ -1,0 +1,43 @@
+"""`Session`: what every task of one call of the lifelong loop shares."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import jax
+
+from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.run_folder import Run
+from pae_jax.nets import Net
+from pae_jax.training import Devices
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every task of one call of `learn`, `learn_all` or `baseline` shares.
+
+    Attributes:
+      net: the network description.
+      recipe: settings of the loop.
+      key: random key of the whole stream.
+      run: folder that makes the call resumable; None works in memory alone.
+      devices: where to train.
+      progress: whether to show progress bars.
+    """
+
+    net: Net
+    recipe: Recipe
+    key: jax.Array
+    run: Run | None
+    devices: Devices
+    progress: bool
+
+    def stage_key(self, task: str, stage: str) -> jax.Array:
+        """Return the random key of a stage."""
+        return stage_key(self.key, task, stage)
+
+
+def stage_key(key: jax.Array, task: str, stage: str) -> jax.Array:
+    """Return the random key of a stage; it depends on names alone, so a resumed run draws the same numbers."""
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(task.encode())), zlib.crc32(stage.encode()))

@@ -1,0 +1,24 @@
+"""Optimizers as users have them: of optax, `optax.MultiSteps`, or of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from pae_jax.errors import ArgumentError
+
+
+def transformation(optimizer: Any) -> optax.GradientTransformation:
+    """Return an optimizer as a gradient transformation: of optax, `optax.MultiSteps`, or of `pae.recipes`."""
+    if getattr(optimizer, "learning_rate", 1.0) is None:
+        name = type(optimizer).__name__
+        raise ArgumentError(
+            f"{name} needs a learning rate here, {name}(learning_rate=0.01); in a recipe its phase has one"
+        )
+    for method in ("transformation", "gradient_transformation"):
+        if hasattr(optimizer, method):
+            return getattr(optimizer, method)()
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ArgumentError(f"an optimizer must be an optax gradient transformation, found {type(optimizer).__name__}")
+    return optimizer
