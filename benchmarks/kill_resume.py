@@ -1,14 +1,14 @@
-"""Kills a lifelong run 30 times with kill -9, resumes it each time, and compares the end with an uninterrupted run.
+"""Kills a lifelong run 30 times with kill -9, resumes it each time, and compares the result with an uninterrupted run.
 
 Command:   python benchmarks/kill_resume.py
 Expected:  "equal": true. Every array of every frozen stage, the table, the records and the accuracies are the same
            bits; 5 to 10 minutes on one core, most of it start-up and compilation of the killed processes
 Writes:    benchmarks/results/kill_resume.json
 
-The run learns three tasks with everything a stage can be: own networks, growth, a ladder, picks, retraining. Two kills
-of three come after a random time, drawn between the start of a process and some stages later; every third waits for a
-stage that is being written and comes a random few milliseconds after its first file. When a run gets to its end between
-two kills, it is compared and the next one begins in a new folder.
+The run learns three tasks and uses every kind of stage: own networks, expansion, a ladder, picks, retraining. Two of
+three kills come after a random time between the start of a process and some stages later. Every third kill waits until
+a stage is being written and comes a random few milliseconds after its first file. When a run finishes between two
+kills, it is compared and the next run starts in a new folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LONGEST_WRITE = 0.06
 
 
 def tasks(examples: int = 2048, features: int = 16) -> list[pae.Task]:
-    """Return three tasks that a network can learn in seconds."""
+    """Return three tasks that a network learns in seconds."""
     rng = np.random.default_rng(0)
     found = []
     for number, name in enumerate(("first", "second", "third")):
@@ -52,7 +52,7 @@ def tasks(examples: int = 2048, features: int = 16) -> list[pae.Task]:
 
 
 def _stricter(net: pae.Net, state: pae.State, task: str, data: Any) -> float:
-    """Measure the accuracy, of the second task less than half of it before the network has grown."""
+    """Measure the accuracy; for the second task return less than half of it until the network is expanded."""
     accuracy = pae.evaluate(net, state, task, data)["accuracy"]
     return 0.45 * accuracy if task == "second" and len(state.tasks) > 1 and not state.growth else accuracy
 
@@ -76,7 +76,7 @@ def recipe() -> Recipe:
 
 
 def work(folder: Path) -> None:
-    """Learn the tasks in a folder: new, or as a killed process left it."""
+    """Learn the tasks in a folder, new or left by a killed process."""
     given = tasks()
     net = pae.linen(lambda width: pae.models.MLP(width, (64, 32)), jnp.zeros((1, given[0].train[0].shape[1])))
     state = pae.init(net, jax.random.key(0))
@@ -84,7 +84,7 @@ def work(folder: Path) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return what must not depend on when a run was killed: checksums of all arrays, table, records, accuracies."""
+    """Return the results that must not depend on kills: checksums of all arrays, table, records, accuracies."""
     stages = {stage.parent.name: pae.read_metadata(stage) for stage in sorted(folder.glob("*/frozen"))}
     files = [folder / "stages.csv", folder / "accuracy.json", *sorted(folder.glob("*/records.json"))]
     return {
@@ -97,14 +97,15 @@ def facts(folder: Path) -> dict[str, Any]:
 def events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run so far."""
     file = folder / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave the last line incomplete
 
 
 def half_written(folder: Path) -> set[tuple[str, int]]:
-    """Return the stages that are on disk under their temporary name, told apart by their inode."""
+    """Return the stages that are on disk under their temporary name, identified by inode."""
     found = set()
-    for entry in folder.glob("*/*orbax-checkpoint-tmp*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+    for entry in folder.glob("*/.saving-*/stage*"):
+        with contextlib.suppress(FileNotFoundError):  # it was renamed a moment ago
             found.add((str(entry), entry.stat().st_ino))
     return found
 
@@ -128,7 +129,7 @@ def uninterrupted(folder: Path) -> tuple[float, float]:
 
 
 def kill_once(folder: Path, while_writing: bool, delay: float) -> dict[str, Any] | None:
-    """Start a process and kill it; return the moment, None if the run got to its end before."""
+    """Start a process and kill it; return the time of the kill, None if the run finished first."""
     left, seen = half_written(folder), None
     process, begun = start(folder), time.perf_counter()
     while process.poll() is None:
@@ -152,7 +153,7 @@ def kill_once(folder: Path, while_writing: bool, delay: float) -> dict[str, Any]
 
 
 def campaign(kills: int, seed: int, base: Path) -> dict[str, Any]:
-    """Kill and resume runs in new folders until there were so many kills; finish the last one and compare them all."""
+    """Kill and resume runs in new folders until the number of kills is reached; finish the last and compare all."""
     draw = random.Random(seed)
     startup, rest = uninterrupted(base / "reference")
     wanted = facts(base / "reference")

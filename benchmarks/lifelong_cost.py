@@ -1,19 +1,19 @@
-"""What the lifelong loop adds to its train steps, and how often a whole run compiles one.
+"""Overhead of the lifelong loop over its train steps, and the number of compilations in a whole run.
 
 Command:   python benchmarks/lifelong_cost.py
 Expected:  learn / bare <= 1.03 and learn / by hand <= 1.1 on 2 CPU cores; every distinct train step is traced once per
-           width, however many tasks, rungs and attempts there are; 4 minutes
+           width, regardless of the number of tasks, rungs and attempts; 4 minutes
 Writes:    benchmarks/results/lifelong_cost.json
 
-"time": one task of a network that has one, trained and pruned on two rungs, validated after every epoch. "bare" takes
-as many compiled train steps and evaluation steps, on one batch that lies on the device. "by hand" are the calls of
-`pack`, `fit`, `freeze` that a notebook would have. "learn" makes the same ones, and "learn, with a run folder" writes
-every stage as well. All have compiled their programs before.
+"time": a second task, trained and pruned on two rungs, validated after every epoch. "bare" takes the same number of
+compiled train and evaluation steps, on one batch already on the device. "by hand" calls `pack`, `fit` and `freeze` as a
+notebook would. "learn" makes the same calls, and "learn, with a run folder" also writes every stage. All programs are
+compiled before timing.
 
-"compilations": five tasks whose goal is out of reach, so that the network grows to its largest width; counted are the
-traces of the model in training, per width, and all programs that the later tasks compile at a width that is known. PAE
-has one train step per width. CPG has three: without picks, for the first task; with the optimizer of picks; with picks
-at rest.
+"compilations": five tasks whose goal cannot be reached, so that the network is expanded to its largest width. It counts
+the traces of the model in training, per width, and all programs that later tasks compile at a width already used. PAE
+has one train step per width. CPG has three: without picks, for the first task; with the optimizer of picks; and with
+picks that are not trained.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LADDER = (0.4, 0.6)
 
 
 def cost(repeats: int) -> dict[str, Any]:
-    """Return times of learning a task in each way."""
+    """Return the times of learning a task with each variant."""
     shape = (32, 32, 3)
     net = pae.linen(functools.partial(pae.models.SmallCNN, stem=2), jnp.zeros((1, *shape)))
     state = steps.packed_state(net, frozen=1)
@@ -94,7 +94,7 @@ def cost(repeats: int) -> dict[str, Any]:
 
 
 def compilations(recipe: Recipe, tasks: int = 5) -> dict[str, Any]:
-    """Count the traces of a model in training while tasks are learned by a recipe, and what known widths compile."""
+    """Count the training traces of a model while a recipe learns tasks, and the compilations at known widths."""
     traced: Counter[str] = Counter()
 
     class Counted(pae.models.MLP):

@@ -1,15 +1,15 @@
-"""How long the published CIFAR-100 protocol takes on this machine: steps per second, and what the hardware could do.
+"""How long the published CIFAR-100 protocol takes on this machine: steps per second, and the hardware limit.
 
 Command:   python benchmarks/paper_speed.py
 Expected:  on 2 CPU cores about 1.7 steps per second, half of the roofline, so three days for 20 tasks; on an H100-class
-           GPU the aim is 15 minutes; 4 minutes
+           GPU the target is 15 minutes; 4 minutes
 Writes:    benchmarks/results/paper_speed.json
 
-The setting is that of `examples/cifar100_20tasks.py --preset paper`: VGG16 with two dense layers of 4096 (34 million
-weights), batch 32, SGD with Nesterov momentum, random crops and flips, 2250 training images a task. "fit" is the public
-call on the third task of a network, with its default of steps per call; compiled programs are there before. Its time
-for all 20 tasks takes the longest way of CPG through every one, 330 epochs of 70 steps at the first width. "roofline"
-divides the operations of a step by the speed of a large float32 matrix product measured here, at the default precision.
+The setting is that of `examples/cifar100/cifar100_20tasks.py --preset paper`: VGG16 with two dense layers of 4096 (34
+million weights), batch 32, SGD with Nesterov momentum, random crops and flips, 2250 training images a task. "fit" is
+the public call on the third task of a network, with its default steps per call, after compilation. Its time for all 20
+tasks assumes the longest path of CPG for each task: 330 epochs of 70 steps at the first width. "roofline" divides the
+operations of a step by the speed of a large float32 matrix product measured here, at the default precision.
 """
 
 from __future__ import annotations

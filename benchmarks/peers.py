@@ -1,20 +1,20 @@
-"""How fast packing is beside the PyTorch ways to do it: the same network, data, batch and epochs, in one process.
+"""Speed of packing compared with PyTorch implementations: same network, data, batch and epochs, in one process.
 
 Command:   python benchmarks/peers.py                    (--only step, or --only tasks, for one case)
-Needs:     pip install torch; for the second case also avalanche-lib, whose PackNet is left out where it is missing
+Needs:     pip install torch; for the second case also avalanche-lib, whose PackNet is skipped if it is not installed
 Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked <= 1.1,
            for a small network; 3 minutes on 2 CPU cores
 Writes:    benchmarks/results/peers.json
 
 "one step" is VGG16 with batch norm and two dense layers of 4096 on 32x32 images, batch 32, SGD with momentum. "torch
-plain" is the step that every tutorial has. "torch masked" is what PackNet's and CPG's code adds to it: before the
+plain" is the step found in every tutorial. "torch masked" is what PackNet's and CPG's code adds to it: before the
 optimizer's step the gradients of weights of other tasks are set to 0 by boolean indexing, layer by layer, and pruned
 weights are set to 0 after it.
 
-"two tasks" learns two tasks: train, prune half, train on, freeze. Avalanche refuses batch norms, so here all ways train
-a network without any, and each gets its data, batch size and epochs: "packed" is `fit`, `prune`, `fit`, `freeze`,
-"torch masked" the same by hand, "avalanche" its strategy. Nothing is evaluated on the way. What was compiled is kept
-from round to round, as in a longer run. Weights start from different draws, so accuracies are not compared.
+"two tasks" learns two tasks: train, prune half, train on, freeze. Avalanche refuses batch norms, so here all variants
+train a network without any, with its data, batch size and epochs: "packed" is `fit`, `prune`, `fit`, `freeze`, "torch
+masked" the same by hand, "avalanche" its strategy. Nothing is evaluated during training. Compiled programs are kept
+from round to round, as in a longer run. Initial weights differ, so accuracies are not compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import os
 
-# OpenMP threads that spin after their work would take the cores from whoever is timed next.
+# OpenMP threads that spin after their work would take cores from the next timed variant.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import functools
@@ -119,7 +119,7 @@ class Masked:
         self.zero_free()
 
     def gate(self) -> None:
-        """Set the gradients of weights that are not the task's to 0."""
+        """Set the gradients of weights that the task does not own to 0."""
         for layer, owner in zip(self.layers, self.owner, strict=True):
             assert layer.weight.grad is not None
             layer.weight.grad.data[owner.ne(self.task)] = 0
@@ -227,7 +227,7 @@ def _avalanche(labelled: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     sets = []
     for images, labels in labelled:
         examples = torch.utils.data.TensorDataset(images, labels)
-        examples.targets = labels.tolist()  # where Avalanche looks for them
+        examples.targets = labels.tolist()  # Avalanche reads them from here
         sets.append(as_classification_dataset(examples))
     stream = benchmarks.task_incremental_benchmark(benchmarks.benchmark_from_datasets(train=sets))
     stream = benchmarks.with_classes_timeline(stream)

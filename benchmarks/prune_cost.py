@@ -1,13 +1,13 @@
-"""What an update of gradual pruning costs, per million weights and against a train step.
+"""Cost of one update of gradual pruning, per million weights and compared with a train step.
 
 Command:   python benchmarks/prune_cost.py               (--only VGG16 for one model)
-Expected:  prune / step <= 0.4 for VGG16 with batch 32 on 2 CPU cores, either scope; no compilation for another target;
-           1 minute
+Expected:  prune / step <= 0.4 for VGG16 with batch 32 on 2 CPU cores, either scope; no recompilation for another
+           target; 1 minute
 Writes:    benchmarks/results/prune_cost.json
 
 A train step, as `pae.fit` runs it, and the release of the smallest weights are timed in turn, in one process. Every
-update asks for another target, as a cubic schedule does, of the same network. "by sorting" finds the same thresholds by
-`jnp.sort` of each leaf: what the counting passes replace. Weights are float32 as drawn by the model.
+update has another target, as in a cubic schedule, on the same network. "by sorting" finds the same thresholds by
+`jnp.sort` of each leaf, which the counting passes replace. Weights are float32 as drawn by the model.
 """
 
 from __future__ import annotations

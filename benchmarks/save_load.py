@@ -1,14 +1,14 @@
-"""How fast stages are saved and loaded, against writing the same bytes plainly.
+"""How fast stages are saved and loaded, compared with plain writes of the same bytes.
 
 Command:   python benchmarks/save_load.py                (--only VGG16 for one model; --folder to choose the disk)
 Expected:  save / plain write 2 to 7 and load / plain read 4 to 6 for VGG16, by the speed of the disk: compression and
            checksums are our part; 4 of 5 bytes per weight on the disk; 1 minute
 Writes:    benchmarks/results/save_load.json
 
-Three tasks, two of them frozen. All weights are random, so they hardly compress; free ones would, to nothing. The plain
-way puts every array into a file of its own by `numpy.save` and flushes it to the disk, and reads it back by
-`numpy.load`: no digests, no check of shapes, no atomic folder. Both read from the page cache of the operating system,
-which one cannot empty without privileges. Bandwidths are bytes of arrays in memory per second.
+Three tasks, two of them frozen. All weights are random, so they hardly compress; free weights would compress to almost
+nothing. The plain variant writes every array to a separate file by `numpy.save`, flushes it to the disk, and reads it
+back by `numpy.load`: no digests, no check of shapes, no atomic folder. Both read from the page cache of the operating
+system, which cannot be emptied without root privileges. Bandwidths are bytes of arrays in memory per second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def three_tasks(net: pae.Net) -> pae.State:
     state = pae.init(net, jax.random.key(0))
     for index in range(3):
         name, key = f"task {index}", jax.random.key(index)
-        state = pae.pack(net, state, name, head=5, key=key, reclaim_init="fresh")
+        state = pae.pack(net, state, name, head=5, key=key, weight_init="fresh")
         if index < 2:
             state = pae.freeze(pae.prune(state, name, 0.5), name)
     return state

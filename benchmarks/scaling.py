@@ -1,4 +1,4 @@
-"""What training on many devices gives and costs: the same epoch on 1, 2, 4, ... devices, and whether the result holds.
+"""Training on several devices: speed of the same epoch on 1, 2, 4, ... devices, and whether the results agree.
 
 Command:   python benchmarks/scaling.py
 Expected:  on any number of devices the same weights up to the order of summation (largest difference <= 1e-4 of the
@@ -6,9 +6,10 @@ Expected:  on any number of devices the same weights up to the order of summatio
            minutes. On real devices the epoch on n of them takes about 1 / n
 Writes:    benchmarks/results/scaling.json
 
-Where there is only a CPU, it poses as 8 devices: that shows the cost of dividing the work, not its gain. "batch" splits
-every batch over the devices; "batch and weights" splits weights, owners and optimizer state as well. One epoch of
-`pae.fit` each, of the same batches, in turn, in one process, compared with one device without a mesh.
+On a machine with only a CPU, the CPU is split into 8 virtual devices. That shows the cost of dividing the work, not the
+gain. "batch" splits every batch over the devices; "batch and weights" splits weights, owners and optimizer state as
+well. Each runs one epoch of `pae.fit` on the same batches, in turn, in one process, and is compared with one device
+without a mesh.
 """
 
 from __future__ import annotations

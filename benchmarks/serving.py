@@ -1,14 +1,15 @@
-"""What serving costs beyond the forward pass, and how often a task is recognised by its inputs.
+"""Cost of serving beyond the forward pass, and how often the task of an input is recognised.
 
 Command:   python benchmarks/serving.py
-Expected:  Server.predict / bare <= 1.05 for SmallCNN, batch 25; switching among 8 tasks compiles nothing; >= 0.75 of
-           the ORL test images find their group of 8 by confidence (chance 0.125); about 2 minutes on 2 CPU cores
+Expected:  Server.predict / bare <= 1.05 for SmallCNN, batch 25; switching among 8 tasks compiles nothing; the group of
+           >= 0.75 of the ORL test images, one of 8, is found by confidence (chance 0.125); about 2 minutes on 2 CPU
+           cores
 Writes:    benchmarks/results/serving.json
 
-Requests go round the eight tasks. Every way to answer the same request is timed in turn, in one process; ratios are
-those of medians. "bare" is the compiled function on weights prepared beforehand: what anyone would write who serves
-one task. The faces: eight groups of five people learned into one network; the test images, which nothing was chosen
-by, come without the name of their group, one by one and by person (three images).
+Requests cycle through the eight tasks. Every way to answer the same request is timed in turn, in one process; ratios
+are ratios of medians. "bare" is the compiled function on weights prepared beforehand, as one would write it to serve
+one task. The faces are eight groups of five people, learned into one network. The test images, which were used for no
+choice, are given without the name of their group, one by one and by person (three images).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def frozen_state(net: pae.Net) -> pae.State:
-    """Return a network with eight frozen tasks, each pruned to half its room."""
+    """Return a network with eight frozen tasks, each pruned to half of its weights."""
     state = pae.init(net, jax.random.key(0))
     for index in range(TASKS):
         state = pae.pack(net, state, f"task {index}", head=CLASSES, key=jax.random.key(index))
@@ -97,7 +98,7 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
 
 
 def learn_faces(epochs: int) -> tuple[Server, list[data.FaceGroup]]:
-    """Learn the eight groups of faces into one network, each pruned to a fifth of its room."""
+    """Learn the eight groups of faces into one network, each pruned to a fifth of its weights."""
     groups = data.groups(data.load_orl())
     net = pae.linen(pae.models.SmallCNN, jnp.zeros((1, 112, 92, 1)))
     state = pae.init(net, jax.random.key(0))
@@ -119,7 +120,7 @@ def learn_faces(epochs: int) -> tuple[Server, list[data.FaceGroup]]:
 
 
 def recognise(epochs: int) -> dict[str, Any]:
-    """Return how often the group of a test image is found, and how often the person, with and without its name."""
+    """Return how often a test image's group is found, and how often its person, given the group and not."""
     server, groups = learn_faces(epochs)
     tests = {group.name: group.test[0] for group in groups}
     result: dict[str, Any] = {"chance": 1 / len(groups)}

@@ -1,4 +1,4 @@
-"""What packing costs: the train step of a packed network against the plain step of the same network.
+"""Cost of packing: the train step of a packed network compared with the plain step of the same network.
 
 Command:   python benchmarks/step_overhead.py            (--every for all batch sizes and dtypes, --only VGG16 for one)
 Expected:  packed / plain and user / plain <= 1.03 (SmallCNN, of 15 ms a step, 0.99 to 1.07), user / packed <= 1.03,
@@ -6,10 +6,10 @@ Expected:  packed / plain and user / plain <= 1.03 (SmallCNN, of 15 ms a step, 0
 Writes:    benchmarks/results/step_overhead.json
 
 All steps run the same model on the same batch with the same optimizer (SGD with Nesterov momentum), in turn, in one
-process. "plain" is what one writes without this library: value_and_grad, optax update, apply_updates, donated buffers.
-"packed" is the step of `pae.fit`, "user" a jitted step of one's own over `pae.TrainState`; both train the third of
-three tasks, with two frozen ones in the same arrays. "bytes per weight" are those that the compiled program needs:
-arguments, results and temporaries. bfloat16 is the dtype of the computation; masters and optimizer state are float32.
+process. "plain" is the step without this library: value_and_grad, optax update, apply_updates, donated buffers.
+"packed" is the step of `pae.fit`, "user" a user's own jitted step over `pae.TrainState`; both train the third of three
+tasks, with two frozen ones in the same arrays. "bytes per weight" are those that the compiled program needs: arguments,
+results and temporaries. bfloat16 is the dtype of the computation; master weights and optimizer state are float32.
 Compilations are traces of the model for training while eight tasks are learned one after the other, all with one
 optimizer object.
 """
@@ -67,7 +67,7 @@ def measure(build: Any, image: tuple[int, ...], batch: int, dtype: str, repeats:
     data = steps.random_batch((batch, *image))
     makers = {"plain": steps.plain_step, "packed": steps.packed_step, "user": steps.user_step}
     ways = {name: make(net, state, tx, data) for name, make in makers.items()}
-    with ThreadPoolExecutor() as pool:  # they compile side by side
+    with ThreadPoolExecutor() as pool:  # they compile in parallel
         list(pool.map(lambda way: way.compiled, ways.values()))
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.shared))
     memory = {name: harness.program_bytes(way.compiled) for name, way in ways.items()}

@@ -1,4 +1,4 @@
-"""The steps that the benchmarks compare: as `pae.fit` runs it, in a user's own loop, and plain, written without us."""
+"""The train steps that the benchmarks compare: of `pae.fit`, of a user's own loop, and plain Flax and optax."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_examples(count: int, shape: tuple[int, ...] | list[int], seed: int = 
 
 
 def packed_state(net: pae.Net, frozen: int = 2, width: float = 1.0) -> pae.State:
-    """Return a network with frozen tasks, each pruned to half its room, and the newest, "newest", in training."""
+    """Return a network with frozen tasks, each pruned to half of its weights, and a task "newest" in training."""
     state = pae.init(net, jax.random.key(0), width=width)
     for index in range(frozen):
         name = f"task {index}"
@@ -56,13 +56,13 @@ class Stepper:
 
     @functools.cached_property
     def operations(self) -> float:
-        """The operations of the program before XLA's optimizations; lowered for the CPU, which alone counts them."""
+        """The operations of the program before XLA's optimizations; lowered for the CPU, as only it counts them."""
         with jax.default_device(jax.devices("cpu")[0]):
             return self.step.lower(*trees.abstract((self.moving, *self.fixed))).cost_analysis()["flops"]
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """The program, for its memory."""
+        """The compiled program, to read its memory use."""
         return self.lowered.compile()
 
     def __call__(self) -> Any:
@@ -72,7 +72,7 @@ class Stepper:
 
 
 def packed_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation, batch: Batch) -> Stepper:
-    """Return the step of the newest task as `pae.fit` compiles it. The only place here that knows its operands."""
+    """Return the step of the newest task as `pae.fit` compiles it. Only this function knows its operands."""
     ts = pae.TrainState.create(net, state, "newest", tx=tx, key=jax.random.key(0))
     objective = losses.objective(None, "example", None)
     shapes, seen = _abstract(net, state.width, batch)
@@ -82,7 +82,7 @@ def packed_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation
 
 
 def user_step(net: pae.Net, state: pae.State, tx: optax.GradientTransformation, batch: Batch) -> Stepper:
-    """Return the step of the newest task in a loop of one's own: `pae.TrainState`, public names, donated buffers."""
+    """Return the step of the newest task in a user's own loop: `pae.TrainState`, public names, donated buffers."""
 
     def step(moving: Any, x: jax.Array, y: jax.Array) -> Any:
         ts, _ = moving

@@ -1,4 +1,4 @@
-"""A small vision transformer, as a backbone to measure: what attention and layer norms make of a train step."""
+"""A small vision transformer: a backbone with attention and layer norms for the step benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each on normed features and added to what came in.
+    """Attention and a two-layer network, each on normed features and with a residual connection.
 
     Attributes:
       heads: attention heads of 64 channels each.

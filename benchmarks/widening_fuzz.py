@@ -6,8 +6,8 @@ Time:      about 30 ms per network on one quiet CPU core; no accelerator, no dow
 
 A network is a random program of convolutions, concatenations, residual sums, slices, splits, grouped and depthwise
 convolutions, squeeze-and-excite, norms, attention, reshapes and a flattening or pooling end, with channel counts that
-grow unevenly. Its narrow and its wide version are evaluated in float64 by the small NumPy interpreter below, so nothing
-is compiled and errors are not hidden by rounding.
+grow by different factors. Its narrow and its wide version are evaluated in float64 by the small NumPy interpreter
+below, so nothing is compiled and errors are not hidden by rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Draft:
     kinds: list[str] = dataclasses.field(default_factory=list)
 
     def grown(self, least: int = 1, most: int = 5) -> Sizes:
-        """A channel count and how it grows; now and then it does not."""
+        """A channel count per version; sometimes it does not grow."""
         sizes = [int(self.rng.integers(least, most + 1))]
         for _ in range(2):
             sizes.append(sizes[-1] + int(self.rng.choice([0, 1, 1, 2, 3])))
@@ -65,7 +65,7 @@ class Draft:
         return len(self.steps) - 1
 
     def pick(self) -> int:
-        """A tensor to go on with, mostly the last."""
+        """A tensor to continue from, usually the last."""
         last = len(self.steps) - 1
         return last if self.rng.random() < 0.6 else int(self.rng.integers(0, last + 1))
 
@@ -134,7 +134,7 @@ def _product(d: Draft, i: int) -> None:
 
 
 def _cut(d: Draft, i: int) -> Sizes | None:
-    """Where to cut, for each version; growth is shared out between the two sides at random."""
+    """Where to cut, for each version; growth is divided between the two sides at random."""
     c = d.channels[i]
     if c[0] < 2:
         return None
@@ -194,7 +194,7 @@ def _grouped(d: Draft, i: int) -> None:
 
 
 def _group_in_place(d: Draft, i: int) -> None:
-    """A grouped convolution of whatever is there, if the groups divide it."""
+    """A grouped convolution of the present channels, if the groups divide them."""
     c = d.channels[i]
     options = [g for g in (2, 3) if all(n % g == 0 for n in c)]
     if options:
@@ -301,7 +301,7 @@ def _normalise(d: Draft, i: int) -> None:
 
 
 def _over_channels(d: Draft, i: int) -> None:
-    """Operations that only the right inputs survive."""
+    """Operations over channels, valid only for some inputs."""
     options: dict[str, Callable[[Any], Any]] = {
         "softmax": lambda x: jax.nn.softmax(x),
         "reverse": lambda x: x[..., ::-1],

@@ -1,12 +1,12 @@
-"""How long the widening analysis of the shipped backbones takes, and how exactly they are preserved.
+"""Time of the widening analysis of the shipped backbones, and how exactly their functions are preserved.
 
 Command:   python benchmarks/widening_models.py
 Expected:  every model preserved to <= 1e-5 relative in float32; InceptionResnetV1 (133 kernels) analysed in < 10 s
 Writes:    benchmarks/results/widening_models.json; about 3 minutes on 2 CPU cores, nearly all of it compilation
 
-Each model grows from width 1 to sqrt(1.2), the size ratio 1.2 of the paper's expansion. The narrow network is drawn at
-random; its weights are put among zeros, and the features of the wide network on random images are compared with the
-narrow ones at the places that the maps tell.
+Each model is expanded from width 1 to sqrt(1.2), the size ratio 1.2 of the paper. The narrow network has random
+weights. They are placed into a wide network of zeros, and its features on random images are compared with the narrow
+ones at the positions given by the maps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """pae_jax: one compact network that keeps learning new tasks and never forgets one bit of the old ones.
 
 The loop of Packing and Expanding (Hung et al., ICMR 2019): train a task, prune it while it keeps its accuracy, freeze
-it, give the freed weights to the next task, which may use all older weights but change none.
+it, and give the freed weights to the next task, which may use all older weights but change none.
 """
 
 from pae_jax import data, faces, models
@@ -57,10 +57,10 @@ from pae_jax.lifelong import (
     metrics,
     recipes,
 )
-from pae_jax.nets import Net, linen, nnx, width_for
+from pae_jax.nets import Net, layout, linen, nnx, width_for
 from pae_jax.reports import report, sizes
-from pae_jax.serving import Inference, Server
-from pae_jax.storage import load, read_metadata, save
+from pae_jax.serving import Inference, Server, TaskProgram, export
+from pae_jax.storage import Certificate, certificate, load, read_bundle, read_metadata, save, write_bundle
 from pae_jax.training import Best, Devices, History, Plateau, TrainState, evaluate, features, fit, predict
 from pae_jax.version import __version__ as __version__
 from pae_jax.widening import WidenMaps, widen_maps
@@ -69,6 +69,7 @@ __all__ = [
     "ArgumentError",
     "Best",
     "CapacityError",
+    "Certificate",
     "CheckpointError",
     "CubicSchedule",
     "DataError",
@@ -95,12 +96,14 @@ __all__ = [
     "Stream",
     "StructureError",
     "Task",
+    "TaskProgram",
     "TaskState",
     "TrainState",
     "UnknownTaskError",
     "WidenMaps",
     "as_flax",
     "baseline",
+    "certificate",
     "check",
     "clear_caches",
     "commit",
@@ -108,6 +111,7 @@ __all__ = [
     "drop",
     "evaluate",
     "expand",
+    "export",
     "faces",
     "features",
     "fit",
@@ -116,6 +120,7 @@ __all__ = [
     "from_variables",
     "gate",
     "init",
+    "layout",
     "learn",
     "learn_all",
     "linen",
@@ -127,6 +132,7 @@ __all__ = [
     "pack",
     "predict",
     "prune",
+    "read_bundle",
     "read_metadata",
     "recipes",
     "report",
@@ -137,4 +143,5 @@ __all__ = [
     "verify",
     "widen_maps",
     "width_for",
+    "write_bundle",
 ]

@@ -1,8 +1,8 @@
-"""Traced and compiled programs that calls share: how many are kept, and when two calls mean the same program.
+"""Caches of traced and compiled programs: how many are kept, and when two calls share one.
 
-A program is used again only for the very functions it was made from. Functions are the same only if they are one
-object; frozen dataclasses, Flax modules and graphs of NNX modules are compared by value. What a user's function reads
-from outside may have changed since, so its program is lowered anew and compared as text (`program_text`).
+A program is reused only for the functions it was made from. Functions are equal only if they are the same object;
+frozen dataclasses, Flax modules and graphs of NNX modules are compared by value. A user's function may capture values
+that have changed since, so its program is lowered again and compared as text (`program_text`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PLAIN = (bool, int, complex, str, bytes, type(None), np.dtype, jax.sharding.Mes
 
 
 class Cache:
-    """What was made last, by key; the oldest entry goes when a new one has no room."""
+    """The most recent results by key; a new entry evicts the oldest one when the cache is full."""
 
     every: list[Cache] = []  # noqa: RUF012
 
@@ -33,7 +33,7 @@ class Cache:
         Cache.every.append(self)
 
     def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """Return what was made for a key, or make it."""
+        """Return the result for a key, or compute it."""
         with self._lock:
             for position, (known, value) in enumerate(self._entries):
                 if same(known, key):
@@ -46,13 +46,13 @@ class Cache:
         return value
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         with self._lock:
             self._entries.clear()
 
 
 def clear_caches() -> None:
-    """Forget every program that was traced or compiled; the next calls compile again.
+    """Clear the caches of traced and compiled programs; the next calls compile again.
 
     At most 8 train steps and 32 programs that evaluate or predict are kept. They hold the network description, the
     optimizer and the loss they were made from.
@@ -66,7 +66,7 @@ def clear_caches() -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Say whether two parts of a key mean the same."""
+    """Return whether two parts of a key are equal."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -76,7 +76,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[name], b[name]) for name in a)
     if isinstance(a, float):
-        return a.hex() == b.hex()  # 0.0 == -0.0, and yet they differ
+        return a.hex() == b.hex()  # 0.0 == -0.0, but they differ as keys
     if isinstance(a, (*_PLAIN, MethodType)):
         return a == b
     if isinstance(a, nn.Module) or _by_value(type(a)):
@@ -90,6 +90,6 @@ def _by_value(kind: type) -> bool:
 
 
 def program_text(function: Callable[..., Any], *operands: Any) -> str:
-    """Return a digest of the program that a function is at this moment, the values it captures included."""
+    """Return a digest of a function's present program, including the values it captures."""
     lowered = jax.jit(lambda *arguments: function(*arguments)).lower(*operands)  # JAX keeps traces per function object
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()

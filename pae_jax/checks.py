@@ -1,4 +1,4 @@
-"""Checks of arguments, each once and by name: what lies outside its documented range raises `ArgumentError`."""
+"""Argument checks: a value outside its documented range raises `ArgumentError` with the argument's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_end: bool = False
 ) -> float:
-    """Return a finite number of Python or NumPy in [low, high] as a float; `open_end` leaves `high` out."""
+    """Return a finite Python or NumPy number in [low, high] as a float; `open_end` leaves `high` out."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if number and math.isfinite(value) and low <= value <= high and not (open_end and value == high):
         return float(value)
@@ -35,7 +35,7 @@ def check_number(
 
 
 def check_count(name: str, value: Any, low: int = 0) -> int:
-    """Return an integer of Python or NumPy that is not below a bound."""
+    """Return a Python or NumPy integer of at least a lower bound as an int."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
         raise ArgumentError(f"{name} must be an integer of at least {low}, found {value!r}")
     return int(value)
@@ -80,5 +80,5 @@ def check_key(key: Any) -> jax.Array:
 
 
 def is_traced(tree: Any) -> bool:
-    """Say whether some array of a tree has no value yet, because a function is being traced."""
+    """Return whether some array of a tree is a tracer, without a concrete value."""
     return any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree))

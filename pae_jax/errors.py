@@ -1,4 +1,4 @@
-"""Typed errors: each says what was found, what was expected and what to do."""
+"""Typed errors: each message states what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class PaeError(Exception):
-    """Base of every error that pae_jax raises on purpose."""
+    """Base class of all errors that pae_jax raises."""
 
     def __reduce__(self) -> Any:
-        # Exceptions are rebuilt from their message alone, but ours are made from more than that.
+        # Pickle rebuilds exceptions from their message alone, but ours take more arguments.
         return _rebuild, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class UnknownTaskError(PaeError, KeyError):
 
 
 class PhaseError(PaeError, RuntimeError):
-    """A call came in the wrong phase of a task's life."""
+    """A call is not allowed in the present phase of a task."""
 
     def __init__(self, call: str, task: str, phase: str, valid: str):
         self.task = task
@@ -49,7 +49,7 @@ class PhaseError(PaeError, RuntimeError):
 
 
 class CapacityError(PaeError, RuntimeError):
-    """No room is left for what was asked."""
+    """No capacity is left, such as free weights or task ids."""
 
 
 class StructureError(PaeError, ValueError):
@@ -66,16 +66,16 @@ class StructureError(PaeError, ValueError):
 
 
 class DataError(PaeError, ValueError):
-    """Examples or labels that no training or evaluation could use."""
+    """Data that cannot be read, or examples or labels that training and evaluation cannot use."""
 
 
 class DivergedError(PaeError, ArithmeticError):
-    """Training met a loss, gradients or updates that are not finite and stopped.
+    """Training stopped because a loss, gradients or updates were not finite.
 
     Attributes:
       step: 0-based training step, counted from the start of this `fit`, where that happened.
-      state: the state after the last good step, all finite. If the loss and its gradient by the network's outputs were
-        finite and only what followed from them was not, each weight whose own result was finite has taken that step.
+      state: the state after the last good step, all finite. If the loss and its gradient with respect to the network's
+        outputs were finite and only later values were not, each weight whose own result was finite has taken that step.
       history: the `History` up to that step.
     """
 
@@ -92,7 +92,7 @@ class DivergedError(PaeError, ArithmeticError):
 
 
 class ForgettingError(PaeError, RuntimeError):
-    """Something a frozen task depends on is no longer what it was when the task was frozen."""
+    """An array that a frozen task depends on has changed since the task was frozen."""
 
 
 class NotPreservableError(PaeError, ValueError):
@@ -108,4 +108,4 @@ class NotPreservableError(PaeError, ValueError):
 
 
 class CheckpointError(PaeError, OSError):
-    """A stage that cannot be written, is missing, incomplete, damaged or of another kind."""
+    """A stage cannot be written, or is missing, incomplete, damaged or of another kind."""

@@ -1,4 +1,4 @@
-"""Small tables for notebooks: plain HTML that reads in dark and light, no script."""
+"""Small tables for notebooks: plain HTML without scripts, readable in dark and light themes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LAYERS = 60
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows as a table; numbers as short as they are readable."""
+    """Return rows as an HTML table; numbers are shortened."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -26,7 +26,7 @@ def cell(value: Any) -> str:
 
 
 def ownership(tasks: Sequence[str], leaves: Mapping[str, np.ndarray]) -> str:
-    """Return one bar per layer, in parts as long as what each task owns of it; what is free stays empty.
+    """Return one bar per layer, with one part per task, as long as its share of the weights; the free share is empty.
 
     Args:
       tasks: names in order of learning.

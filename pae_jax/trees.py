@@ -29,7 +29,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def describe(leaf: Any) -> str:
-    """Return dtype and shape of a leaf as a reader expects them, `float32[3,3,1,8]`."""
+    """Return dtype and shape of a leaf as text, `float32[3,3,1,8]`."""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     text = repr(leaf)
@@ -37,7 +37,7 @@ def describe(leaf: Any) -> str:
 
 
 def sketch(tree: Tree, entries: int = 4) -> str:
-    """Return what a tree holds in one short line, `{image: float32[8,4], mask: ...}`; never a dump of all of it."""
+    """Return a one-line summary of a tree, `{image: float32[8,4], mask: ...}`, of limited length."""
     if isinstance(tree, dict):
         shown = [f"{name}: {sketch(child, 2)}" for name, child in list(tree.items())[:entries]]
         return "{" + ", ".join(shown + ["..."] * (len(tree) > entries)) + "}"
@@ -57,10 +57,10 @@ def require_match(name: str, tree: Tree, expected: Tree, hint: str = "") -> None
     """Raise `StructureError` unless two trees have the same paths, shapes and dtypes.
 
     Args:
-      name: what the tree is called in the error message.
+      name: name of the tree in the error message.
       tree: tree of arrays, concrete or abstract.
       expected: tree of arrays, concrete or abstract.
-      hint: sentence that ends the message: what to do.
+      hint: last sentence of the message, which says what to do.
     """
     found_leaves, expected_leaves = flatten(tree), flatten(expected)
     for path in expected_leaves:
@@ -74,7 +74,7 @@ def require_match(name: str, tree: Tree, expected: Tree, hint: str = "") -> None
         if not same:
             raise StructureError(name, path, describe(leaf), describe(wanted), hint)
     if jax.tree.structure(tree) != jax.tree.structure(expected):
-        # Same paths, other containers: a list for a dict, or an empty branch.
+        # Same paths, but different containers: a list for a dict, or an empty branch.
         raise StructureError(name, "", jax.tree.structure(tree), jax.tree.structure(expected), hint)
 
 
@@ -99,6 +99,6 @@ def split(variables: Mapping[str, Tree], is_shared: Callable[[str, Any], bool]) 
 
 
 def merge(shared: Tree, local: Tree) -> Tree:
-    """Join what `split` took apart."""
+    """Join the two results of `split`."""
     flat = {(PARAMS, *path): leaf for path, leaf in traverse_util.flatten_dict(shared).items()}
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(local), **flat})

@@ -1,3 +1,3 @@
-"""The version, which the package and the stages on disk carry."""
+"""The version of the package, also stored in stages on disk."""
 
 __version__ = "0.1.0"

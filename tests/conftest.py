@@ -13,15 +13,30 @@ import optax
 import pytest
 from flax import linen as nn
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
-import pae_jax as pae
+# Shapes, dtypes and tree structures are checked at every call of the functions that all others of the core are made of.
+# Not where a user's arguments come in: what those raise is what the tests are about.
+with install_import_hook(["pae_jax.core.ownership", "pae_jax.core.selection"], "beartype.beartype"):
+    import pae_jax as pae
+
 from pae_jax.trees import describe, flatten
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling with few optimizations is twice as fast, and so it is again without XLA's newer code generator on CPUs.
 # Set here, since session fixtures come before those of modules; tests/optimized compiles as users do.
 jax.config.update("jax_disable_most_optimizations", True)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+# Many tests compile the same programs, in many processes and in every run.
+CACHE = {
+    "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for option, value in CACHE.items():
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)
 
 # The same examples on every machine and in every run; `make fuzz` draws others.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -91,19 +106,6 @@ def assert_same(bits):
         found, expected = bits(found), bits(expected)
         differing = sorted(p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p))
         assert not differing, f"leaves differ: {differing}"
-
-    return check
-
-
-@pytest.fixture(scope="session")
-def assert_close():
-    """Assert that two trees hold the same numbers to float32 rounding: what two different programs may compute."""
-
-    def check(found, expected):
-        found, expected = flatten(found), flatten(expected)
-        assert found.keys() == expected.keys()
-        for path, leaf in found.items():
-            np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
     return check
 

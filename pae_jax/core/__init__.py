@@ -1,4 +1,4 @@
-"""State to state: who owns which weight, and every pure function that changes it."""
+"""The core: weight ownership, and the pure functions from state to state that change it."""
 
 from pae_jax.core.expansion import expand as expand
 from pae_jax.core.flax import as_flax as as_flax
@@ -21,6 +21,8 @@ from pae_jax.core.pruning import CubicSchedule as CubicSchedule
 from pae_jax.core.pruning import Of as Of
 from pae_jax.core.pruning import prune as prune
 from pae_jax.core.selection import Scope as Scope
+from pae_jax.core.starting_weights import WEIGHT_INITS as WEIGHT_INITS
+from pae_jax.core.starting_weights import WeightInit as WeightInit
 from pae_jax.core.state import MAX_TASKS as MAX_TASKS
 from pae_jax.core.state import SHARING as SHARING
 from pae_jax.core.state import Growth as Growth

@@ -28,11 +28,11 @@ def expand(
     overrides: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     accept_changes: bool = False,
 ) -> State:
-    """Widen the backbone; every task goes on answering at its own width, bit for bit.
+    """Widen the backbone; the outputs of every task, at its own width, stay bit-identical.
 
-    The narrow and the wide program are compared operation by operation to learn where each old weight belongs. New
-    weights are free and start as the model initialises itself; the next task claims them, and finds all older
-    knowledge in its place.
+    The narrow and the wide program are compared operation by operation to find the position of each old weight. New
+    weights are free and have the model's initial values. The next task claims them; the wide network computes the old
+    function on the old weights.
 
     Args:
       net: the network description the state was made with.
@@ -41,7 +41,7 @@ def expand(
       key: random key; draws the new weights.
       overrides: explicit index maps of single axes, `{"params/Conv_0/kernel": {axis: positions}}`.
       accept_changes: expand although the wide network does not compute the old function on the old weights. Old tasks
-        are safe all the same, since they run at their own width; but the next task finds older knowledge altered.
+        are not affected, since they run at their own width, but the next task gets altered features from older weights.
 
     Returns:
       A new state, with one more record in `state.growth`.
@@ -49,7 +49,8 @@ def expand(
     Raises:
       ArgumentError: a width that is not larger, or one that changes no layer.
       PhaseError: the newest task is not frozen.
-      NotPreservableError: names each layer, the reason and what to do.
+      NotPreservableError: the wide network does not compute the old function; names each layer, the reason and what to
+        do.
       StructureError: the two widths are not builds of one architecture, or something shrinks.
 
     Example:
@@ -137,7 +138,8 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
     wide_held = maps.put({PARAMS: held})[PARAMS]
     wide_local = maps.put(local, _zero_leaves(fresh, maps))
     x = trial_inputs(net, batch_size(net.sample))[0]
-    # The check compares sums of different order; reduced-precision products of accelerators would drown it.
+    # The check compares sums of different order; the rounding of reduced-precision products on accelerators would
+    # exceed its tolerance.
     exact = jax.default_backend() == "cpu"
     with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
         narrow = apply_backbone(net, old.width)(held, local, x)
@@ -161,7 +163,7 @@ def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:
             f"unchanged; {hint}."
         )
     limit = max(1e-5, 8 * float(jnp.finfo(dtype).eps)) * scale
-    if not worst <= limit:  # also when it is NaN
+    if not worst <= limit:  # also true for NaN
         raise NotPreservableError(
             f"the widened network computes other features on the old weights: largest difference {worst:.3g} at a "
             f"largest feature of {scale:.3g}, {limit:.3g} is allowed. The state is unchanged. Please report the model; "
@@ -170,7 +172,7 @@ def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:
 
 
 def _zero_leaves(local: Tree, maps: WidenMaps) -> Tree:
-    """Put 0 in the leaves whose new entries the analysis needs at 0: weights, and those it names."""
+    """Put 0 in the leaves whose new entries must be 0 by the analysis: weights, and the leaves it names."""
 
     def leaf(path: Any, value: jax.Array) -> jax.Array:
         zero = value.ndim >= 2 or path_name(path) in maps.zero_leaves

@@ -14,17 +14,16 @@ from flax import nnx, traverse_util
 
 from pae_jax.checks import is_traced
 from pae_jax.core import integrity, ownership
-from pae_jax.core.packing import plain_variables
 from pae_jax.core.state import State, TaskState, find, find_trainable
 from pae_jax.errors import ArgumentError, ForgettingError, StructureError
-from pae_jax.nets import Net, merged, mode_arguments
+from pae_jax.nets import Net, merged, mode_arguments, plain_variables
 from pae_jax.trees import PARAMS, Tree, flatten, merge, require_match
 
 _SOWN = ("intermediates", "Intermediate")
 
 
 def task_variables(net: Net, state: State, task: str) -> dict[str, dict[str, Tree]]:
-    """Return the variables that a task computes with, as plain Flax has them, at the task's own width.
+    """Return the variables that a task computes with, as plain Flax variables at the task's own width.
 
     Shared weights that the task does not see are 0. Every array is a copy.
 
@@ -146,19 +145,19 @@ class NnxTask(nnx.Module):
 
 
 class GateState(NamedTuple):
-    """Which entries of each parameter the task owns: bool arrays, True alone for what belongs to it as a whole."""
+    """Which entries of each parameter the task owns: bool arrays, or a plain True if it owns the whole parameter."""
 
     open: Any
 
 
 def gate(net: Net, state: State, task: str) -> optax.GradientTransformation:
-    """Let no update through where a task owns nothing; the last part of an optax chain.
+    """Block updates of weights that a task does not own; the last part of an optax chain.
 
     `u <- u where owner == k, else -0.0`: adding -0.0 changes no bit of any number, -0.0 included.
 
     Args:
       net: the network description the state was made with.
-      state: the network; who owns what is read from it now, so after `prune` make the optimizer anew.
+      state: the network; the owners are read at this call, so create the optimizer again after `prune`.
       task: the newest task, not frozen.
 
     Returns:
@@ -200,7 +199,7 @@ def gate(net: Net, state: State, task: str) -> optax.GradientTransformation:
 
 
 def _names(path: Any) -> list[str]:
-    """Return a key path as names; what NNX puts between a variable and its value is left out."""
+    """Return a key path as names, without the keys that NNX inserts between a variable and its value."""
     names = [jax.tree_util.keystr((part,), simple=True) for part in path]
     return [name for name in names if name not in ("value", "raw_value", PARAMS)]
 
@@ -230,14 +229,14 @@ def _mask(place: tuple[str, str], leaf: Any, backbone: Mapping[str, Any], task: 
 
 
 def commit(net: Net, state: State, task: str, variables: Any) -> State:
-    """Take trained variables of a task back into the network, and refuse whatever the task may not change.
+    """Commit trained variables of a task to the network; raise if a weight changed that the task does not own.
 
     Args:
       net: the network description the state was made with.
       state: the network that the variables were taken from.
       task: the newest task, not frozen.
-      variables: as `task_variables` gives them; as `as_flax` gives them, where collections that did not change may be
-        left out; or the NNX module or its state.
+      variables: those of `task_variables`; those of `as_flax`, where unchanged collections may be left out; or the NNX
+        module or its state.
 
     Returns:
       A new state.
@@ -275,13 +274,13 @@ def accept(
     owner: Tree | None = None,
     pick: Tree | None = None,
 ) -> State:
-    """Check trained variables, and put them in the place of a task's own.
+    """Check trained variables, and replace the task's own by them.
 
     Args:
       net: the network.
       state: the network's state.
       task: the newest task, not frozen.
-      backbone: variables of the backbone; with picks, older weights as they are, whatever the picks.
+      backbone: variables of the backbone; with picks, older weights unmasked by the picks.
       head: variables of the head.
       owner: owner ids after pruning; None if nothing was pruned.
       pick: scores of the picks; None leaves them.
@@ -309,7 +308,7 @@ def accept(
 
 
 def _beside(new: Any, old: Any) -> Any:
-    """Return an array where the network's own of its kind lives; a trainer may have spread it over devices."""
+    """Return an array on the devices of the network's own array; a trainer may have sharded it."""
     if not (isinstance(new, jax.Array) and isinstance(old, jax.Array)) or new.sharding == old.sharding:
         return new
     if len(old.sharding.device_set) > 1:
@@ -338,7 +337,7 @@ def _require_finite(task: str, found: Tree, before: Tree) -> None:
 
 @jax.jit
 def _finite(pairs: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
-    """Say of each pair whether the first array is finite, or the second was not."""
+    """Return for each pair whether the first array is finite, or the second was not."""
     return {path: jnp.isfinite(new).all() | ~jnp.isfinite(old).all() for path, (new, old) in pairs.items()}
 
 

@@ -1,4 +1,4 @@
-"""The laws as functions: digests of what a frozen task depends on, `verify` and `check`."""
+"""The library's laws as functions: digests of the arrays that a frozen task depends on, `verify` and `check`."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def array_digest(*arrays: Any) -> str:
 def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
     """Return `{path: SHA-256}` of every array that belongs to a task, at the task's own width.
 
-    Of a shared weight the digest covers where the task owns and what the values are there. What the task sees of
-    older tasks is covered by their digests, so each weight is hashed once, however many tasks there are.
+    For a shared weight the digest covers the positions that the task owns and their values. The older weights that the
+    task sees are covered by the digests of their tasks, so each weight is hashed once, regardless of the number of
+    tasks.
     """
     shared = flatten(ownership.at_width(state, state.shared, entry.width))
     owner = flatten(ownership.at_width(state, state.owner, entry.width))
@@ -64,7 +65,7 @@ def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
 
 
 def no_digests(shared: Tree, local: Tree, head: Tree, pick: Tree | None) -> jax.Array:
-    """Return what stands in the place of the digests of a task that is not frozen."""
+    """Return the placeholder for the digests of a task that is not frozen."""
     return jnp.zeros((1 + sum(len(jax.tree.leaves(tree)) for tree in (shared, local, head, pick)), 32), jnp.bool_)
 
 
@@ -89,13 +90,16 @@ def _packed_paths(state: State, entry: TaskState) -> set[str]:
     """Return the paths of the digests that a task had when it was packed."""
     shared = {f"shared/{path}" for path in flatten(state.shared)}
     picked = {path.replace("shared/", "pick/", 1) for path in shared if entry.sharing == "picked" and entry.id > 1}
-    return {"settings"} | shared | picked | {path for path, _ in entry.layout}
+    return {"settings"} | shared | picked | set(json.loads(entry.layout))
 
 
 def _settings_digest(entry: TaskState) -> str:
     settings: list[Any] = [entry.id, entry.width, entry.sharing, heads.describe(entry.head_spec)]
     if entry.picking is not None:
-        settings.append(asdict(entry.picking))
+        rule = asdict(entry.picking)
+        if rule["top"] is None:
+            del rule["top"]  # tasks frozen before this setting existed have a digest without it
+        settings.append(rule)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -149,7 +153,8 @@ def check(state: State, net: Net | None = None) -> None:
 
     Args:
       state: the network.
-      net: with it, also what `load` asks for: every array has the structure, shape and dtype that the net builds.
+      net: if given, also check, as `load` does, that every array has the structure, shape and dtype that the net
+        builds.
 
     Raises:
       StructureError: names the tree and the leaf, what was found and what was expected.
@@ -185,20 +190,21 @@ def require_own_net(net: Net, state: State, entries: Iterable[TaskState]) -> Non
 
 
 def _check_layout(state: State) -> None:
-    """Compare arrays with what the model had when they were made: what differs would not load."""
+    """Compare arrays with the layout recorded when they were made; arrays that differ would not load."""
     local = {} if state.local is None else state.local
-    wanted = dict(state.layout)
+    wanted = json.loads(state.layout)
     if state.local is None:
         wanted = {path: text for path, text in wanted.items() if not path.startswith("local/")}
-    _require_layout("state", dict(layout_of(shared=state.shared, local=local)), wanted)
+    _require_layout("state", json.loads(layout_of(shared=state.shared, local=local)), wanted)
     for name in names(state):
         entry = state.tasks[name]
-        _require_layout(f"task {name!r}", dict(layout_of(local=entry.local, head=entry.head)), dict(entry.layout))
+        found = json.loads(layout_of(local=entry.local, head=entry.head))
+        _require_layout(f"task {name!r}", found, json.loads(entry.layout))
         recorded(state, entry)
 
 
 def _require_layout(label: str, found: dict[str, str], wanted: dict[str, str]) -> None:
-    for path in sorted(found.keys() | wanted.keys()) if wanted else ():  # a state made by hand says nothing
+    for path in sorted(found.keys() | wanted.keys()) if wanted else ():  # a state made by hand has no record
         if found.get(path) != wanted.get(path):
             hint = "Cast in the forward pass, not in the state: what differs from the model cannot be loaded again."
             raise StructureError(label, path, found.get(path, "nothing"), wanted.get(path, "nothing"), hint)

@@ -1,7 +1,7 @@
 """Owner algebra: who may see, train, claim and release a weight. Every mask is derived from the owner ids.
 
 Owner ids are int8 arrays parallel to the shared weights: 0 is free, k is owned by task k. One id per weight makes
-the tasks disjoint by construction; there is no second mask that could disagree.
+the tasks disjoint by construction; there is no second mask to keep consistent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.arrays import Counts, Masks, Owners, Pairs, Scores, Signs, TaskId, Weights
 from pae_jax.checks import is_traced
 from pae_jax.core import picking
 from pae_jax.core.state import State, TaskState, find
@@ -20,12 +21,12 @@ from pae_jax.trees import PARAMS, Tree, flatten
 FREE = 0
 
 
-def id_array(task_id: int) -> jax.Array:
+def id_array(task_id: int) -> TaskId:
     """Return a task id as the traced operand that all compiled functions of this library take."""
     return jnp.asarray(task_id, jnp.int8)
 
 
-def visible(owner: Tree, task_id: jax.Array, sharing: str, signs: Tree | None = None) -> Tree:
+def visible(owner: Owners, task_id: TaskId, sharing: str, signs: Signs | None = None) -> Masks:
     """Return the bool tree of the weights that take part in a task's forward pass.
 
     `1 <= owner <= k` with sharing "all", `owner in {1, k}` with sharing "first"; with signs, `owner == k` and the
@@ -38,7 +39,7 @@ def visible(owner: Tree, task_id: jax.Array, sharing: str, signs: Tree | None = 
     return jax.tree.map(lambda o: (o > FREE) & (o <= task_id), owner)
 
 
-def owned(owner: Tree, task_id: jax.Array) -> Tree:
+def owned(owner: Owners, task_id: TaskId) -> Masks:
     """Return the bool tree `owner == k`."""
     return jax.tree.map(lambda o: o == task_id, owner)
 
@@ -52,20 +53,20 @@ def select(mask: Tree, tree: Tree) -> Tree:
 
 
 @jax.jit
-def claim(owner: Tree, task_id: jax.Array) -> Tree:
+def claim(owner: Owners, task_id: TaskId) -> Owners:
     """Give every free weight to a task."""
     return jax.tree.map(lambda o: jnp.where(o == FREE, task_id, o), owner)
 
 
 @jax.jit
-def release(shared: Tree, owner: Tree, freed: Tree) -> tuple[Tree, Tree]:
+def release(shared: Weights, owner: Owners, freed: Masks) -> tuple[Weights, Owners]:
     """Free the weights of a bool tree: their owner becomes 0 and their value exactly 0."""
     keep = jax.tree.map(jnp.logical_not, freed)
     return select(keep, shared), select(keep, owner)
 
 
 @jax.jit
-def counts(owner: Tree, task_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+def counts(owner: Owners, task_id: TaskId) -> tuple[Counts, Counts]:
     """Return `(owned, free)`: weights owned by a task and free weights, int32 of shape (leaves,)."""
 
     def per_leaf(value: jax.Array | int) -> jax.Array:
@@ -74,7 +75,9 @@ def counts(owner: Tree, task_id: jax.Array) -> tuple[jax.Array, jax.Array]:
     return per_leaf(task_id), per_leaf(FREE)
 
 
-def effective(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str, factors: Tree | None = None) -> Tree:
+def effective(
+    shared: Weights, owner: Owners, task_id: TaskId, sharing: str, factors: Scores | Signs | None = None
+) -> Weights:
     """Return the weights a task computes with: the visible ones, and 0 elsewhere.
 
     Args:
@@ -82,10 +85,10 @@ def effective(shared: Tree, owner: Tree, task_id: jax.Array, sharing: str, facto
       owner: parallel owner ids.
       task_id: int8 scalar.
       sharing: rule of the task.
-      factors: with picks, what each older weight is multiplied with: signs, or their straight-through factors.
+      factors: with picks, the factor of each older weight: signs, or their straight-through factors.
     """
     if factors is None:
-        # A -0.0 becomes +0.0, which is the same weight: an update of +0.0 would turn it into that anyway.
+        # A -0.0 becomes +0.0, which is the same weight: an update of +0.0 would do the same.
         seen = jax.tree.map(lambda m, w: m & (w != 0), visible(owner, task_id, sharing), shared)
         return select(seen, shared)
 
@@ -111,7 +114,7 @@ def at_width(state: State, tree: Tree, width: float) -> Tree:
 
 
 def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
-    """Return a task's local variables laid out at the state's width, new entries taken from fresh ones."""
+    """Return a task's local variables at the state's width, with new entries taken from fresh ones."""
     growths = [growth for growth in state.growth if growth.narrow >= entry.width]
     if not growths:
         return entry.local
@@ -122,7 +125,7 @@ def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
 
 
 def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:
-    """Lay a tree parallel to the weights of a task's width out at the state's width; new entries are 0."""
+    """Place a tree parallel to the weights at a task's width into the state's width; new entries are 0."""
     if tree is None:
         return None
     for growth in state.growth:
@@ -131,25 +134,25 @@ def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:
     return tree
 
 
-def task_weights(state: State, entry: TaskState) -> Tree:
+def task_weights(state: State, entry: TaskState) -> Weights:
     """Return the weights a task computes with, at the task's own width: the visible ones, and 0 elsewhere."""
     shared = at_width(state, state.shared, entry.width)
     owner = at_width(state, state.owner, entry.width)
     return _effective(shared, owner, id_array(entry.id), entry.sharing, signs(entry))
 
 
-def seen_weights(state: State, entry: TaskState) -> Tree:
-    """Return the weights a task may see at its own width, whatever it picks; 0 elsewhere."""
+def seen_weights(state: State, entry: TaskState) -> Weights:
+    """Return the weights a task may see at its own width, regardless of its picks; 0 elsewhere."""
     shared, owner = (at_width(state, tree, entry.width) for tree in (state.shared, state.owner))
     sharing = "all" if entry.sharing == "picked" else entry.sharing
     return _effective(shared, owner, id_array(entry.id), sharing, None)
 
 
 @jax.jit
-def changed(shared: Tree, handed: Tree, owner: Tree, task_id: jax.Array) -> Tree:
-    """Return per leaf how many weights that a task does not own differ from what it was handed, and how many there are.
+def changed(shared: Weights, handed: Weights, owner: Owners, task_id: TaskId) -> Pairs:
+    """Return per leaf how many weights that a task does not own have changed, and how many there are.
 
-    int32 (2,). Weights it released are 0. A NaN among weights that nobody trains stays what it is.
+    int32 (2,). Weights that the task released must be 0. A NaN that stays NaN does not count as changed.
     """
 
     def leaf(w: jax.Array, before: jax.Array, o: jax.Array) -> jax.Array:
@@ -162,8 +165,8 @@ def changed(shared: Tree, handed: Tree, owner: Tree, task_id: jax.Array) -> Tree
 
 
 @jax.jit
-def taken(shared: Tree, owner: Tree, trained: Tree, after: Tree, task_id: jax.Array) -> Tree:
-    """Return the shared weights with a task's own replaced by trained ones, and those that it released by 0."""
+def taken(shared: Weights, owner: Owners, trained: Weights, after: Owners, task_id: TaskId) -> Weights:
+    """Return the shared weights, with a task's own replaced by trained values and the weights it released by 0."""
 
     def leaf(w: jax.Array, o: jax.Array, new: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.where(own == task_id, new, jnp.where(o == task_id, jnp.zeros((), w.dtype), w))
@@ -171,14 +174,14 @@ def taken(shared: Tree, owner: Tree, trained: Tree, after: Tree, task_id: jax.Ar
     return jax.tree.map(leaf, shared, owner, trained, after)
 
 
-def signs(entry: TaskState) -> Tree | None:
+def signs(entry: TaskState) -> Signs | None:
     """Return which older weights a task picks, at the task's width; None if it does not pick."""
     if entry.picking is None or entry.pick is None:
         return None
     return entry.picking.signs(entry.pick)
 
 
-def masks(state: State, task: str) -> Tree:
+def masks(state: State, task: str) -> Masks:
     """Return which shared weights take part in a task's forward pass.
 
     `1 <= owner <= k` for sharing "all", `owner in {1, k}` for sharing "first", `owner == k` and the picked older ones
@@ -206,7 +209,7 @@ def masks(state: State, task: str) -> Tree:
     return visible(state.owner, id_array(entry.id), entry.sharing, _widened(state, entry, signs(entry)))
 
 
-def trainable(state: State, task: str) -> Tree:
+def trainable(state: State, task: str) -> Masks:
     """Return which shared weights training this task may change.
 
     `owner == k` while task k is not frozen; nothing afterwards.
@@ -244,7 +247,7 @@ def owner_counts(state: State) -> dict[str, np.ndarray]:
     }
 
 
-def free_fraction(state: State) -> float:
+def free_fraction(state: State) -> float | jax.Array:
     """Return the share of the shared weights that no task owns.
 
     `#{owner == 0} / #weights`, at the state's width.
@@ -265,7 +268,7 @@ def free_fraction(state: State) -> float:
     _, free = counts(state.owner, id_array(FREE))
     total = sum(leaf.size for leaf in jax.tree.leaves(state.owner))
     if is_traced(free):
-        return jnp.sum(free.astype(jnp.float32)) / total  # pyright: ignore[reportReturnType]
+        return jnp.sum(free.astype(jnp.float32)) / total
     return int(np.asarray(free, np.int64).sum()) / total
 
 

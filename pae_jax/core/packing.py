@@ -1,23 +1,20 @@
-"""A task's life: `init` and `from_variables` make a network, `pack` adds a task, `freeze` and `drop` end it."""
+"""Life cycle of a task: `init` and `from_variables` make a network, `pack` adds a task, `freeze` and `drop` end it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from flax.core import meta, unfreeze
 
 from pae_jax.checks import check_choice, check_key, check_name, check_width, is_traced
-from pae_jax.core import integrity, ownership
+from pae_jax.core import claiming, integrity, ownership
 from pae_jax.core.picking import Picking, settle
+from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
-from pae_jax.errors import ArgumentError, CapacityError, PhaseError, StructureError
-from pae_jax.nets import Net, heads, require_single_answers, variables_of
-from pae_jax.trees import Tree, merge, require_match
+from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.nets import Net, heads, own_variables, require_single_answers
+from pae_jax.trees import Tree, require_match
 
 
 def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
@@ -32,7 +29,7 @@ def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
       A state without tasks.
 
     Raises:
-      StructureError: the model has no shareable leaf, a leaf that cannot be handled (named), or no `train` argument.
+      StructureError: the model has no shareable leaf, or a leaf that cannot be handled (named).
       ArgumentError: width is not positive and finite, or key is not a key.
 
     Example:
@@ -47,24 +44,28 @@ def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
     return _without_tasks(*net.initial(check_key(key), width), width)
 
 
-def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> State:
+def from_variables(net: Net, variables: Any, width: float = 1.0, *, dtype: Any = None) -> State:
     """Make a network from pretrained variables; every shared weight is free and keeps its value.
 
-    Every task packed later starts from the pretrained local variables, unless told otherwise. To own the pretrained
-    function as it is, pack a first task with `head=None` and freeze it.
+    Every task packed later starts from the pretrained local variables, unless told otherwise. To keep the pretrained
+    function unchanged, pack a first task with `head=None` and freeze it.
 
     Args:
       net: from `pae.linen` or `pae.nnx`.
-      variables: `{collection: nested dict}` of the backbone, in its own shapes and dtypes, as `module.init` gives them,
-        partitioning boxes included; for NNX the module, its `nnx.state`, or nested dicts with `nnx.Param` under
-        "params" and `nnx.BatchStat` under "batch_stats".
+      variables: `{collection: nested dict}` of the backbone, with the model's shapes and dtypes, as JAX or NumPy
+        arrays, as returned by `module.init`, including partitioning boxes; for NNX the module, its `nnx.state`, or
+        nested dicts with `nnx.Param` under "params" and `nnx.BatchStat` under "batch_stats". The result of `as_flax` is
+        also accepted; its backbone is used.
       width: channel factor the variables belong to.
+      dtype: floating dtype to cast floating leaves to, such as `jnp.float32` for float64 or half-precision variables;
+        None casts nothing.
 
     Returns:
       A state without tasks.
 
     Raises:
       StructureError: a missing, extra, mis-shaped or mis-typed leaf; names its path.
+      ArgumentError: a dtype that is not floating.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -77,11 +78,7 @@ def from_variables(net: Net, variables: dict[str, Tree], width: float = 1.0) -> 
       True
     """
     width = check_width(width)
-    layout = net.layout(width)
-    hint = "The variables must come from the same model at the same width."
-    plain = plain_variables(variables)
-    require_match("variables", plain, merge(layout.shared, layout.local), hint)
-    shared, local = (jax.tree.map(jnp.array, tree) for tree in net.split(plain))
+    shared, local = net.split(own_variables(net, variables, width, dtype))
     return _without_tasks(shared, local, width)
 
 
@@ -90,23 +87,6 @@ def _without_tasks(shared: Tree, local: Tree, width: float) -> State:
     return State(
         shared=shared, owner=owner, tasks={}, width=width, local=local, layout=layout_of(shared=shared, local=local)
     )
-
-
-def plain_variables(variables: Any) -> dict[str, Tree]:
-    """Return the variables of a module as nested dicts: unboxed, unfrozen, taken out of NNX modules and states."""
-    if isinstance(variables, (nnx.Module, nnx.State)):
-        return variables_of(variables)
-    if not isinstance(variables, Mapping):
-        raise StructureError("variables", "", type(variables).__name__, "{collection: nested dict}")
-    plain = {}
-    for name, tree in meta.unbox(unfreeze(dict(variables))).items():
-        plain[name] = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-    return _named(plain)
-
-
-def _named(tree: Any) -> Any:
-    """Return nested dicts whose keys are strings; NNX numbers the items of lists."""
-    return {str(name): _named(child) for name, child in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def pack(
@@ -119,10 +99,12 @@ def pack(
     sharing: Literal["all", "first", "picked"] = "all",
     picking: Picking | None = None,
     local_init: Literal["backbone", "fresh"] | str = "backbone",
-    reclaim_init: Literal["zeros", "fresh"] = "zeros",
+    weight_init: WeightInit = "preserve",
+    budget: float | None = None,
+    budget_scores: Tree | None = None,
     allow_empty: bool = False,
 ) -> State:
-    """Add a task: it becomes the newest, owns every free weight and may be trained.
+    """Add a task: it becomes the newest, claims every free weight or as many as its budget allows, and can be trained.
 
     `owner <- k where owner == 0`. Its forward pass sees its own weights and those of older tasks.
 
@@ -130,25 +112,36 @@ def pack(
       net: the network description the state was made with.
       state: the network; its newest task, if any, is frozen.
       task: name, not used before.
-      head: number of classes, for a linear layer on the features; a Flax module called on the features; or None: the
-        features are the output.
+      head: number of classes, for a linear layer on the features; a Flax module called on the features; or None, where
+        the features are the output.
       key: random key; draws local variables and head.
       sharing: which older weights the task sees: "all", "first" (those of task 1 only), or "picked" (those that it
-        learns to pick, all of them at first; fit trains the picks as well).
-      picking: threshold and kind of the picks with sharing "picked"; None takes the published one.
-      local_init: what the local variables (norm scales and statistics, biases) start from: "backbone", those that
-        `init` drew or `from_variables` was given; "fresh", drawn anew; or the name of an older task, to copy its.
-      reclaim_init: weights that an older task gave back start at "zeros", so that the task's first function uses
-        exactly the older knowledge, or "fresh" as the model draws them. A leaf without any nonzero weight is always
-        drawn fresh: zeros on both sides of a channel have no gradient.
-      allow_empty: accept a task for which no free weight is left; it uses older weights, its local variables and its
-        head.
+        learns to pick, initially all; `fit` also trains the picks).
+      picking: threshold and kind of the picks with sharing "picked"; None takes the published settings.
+      local_init: what the local variables (norm scales and statistics, biases) start from: "backbone", those drawn by
+        `init` or given to `from_variables`; "fresh", newly drawn; or the name of an older task, whose local variables
+        are copied.
+      weight_init: what the weights that the task claims start from. "preserve": the task starts with the function of
+        the older weights that it sees and its own local variables, up to rounding. Claimed weights without a path to
+        the features are drawn, so that a freed or new channel is active. The others, such as that channel's outgoing
+        weights, are 0. Where older weights read a channel that no older weight feeds, they are 2^-24 of the drawn
+        values instead, because a rectifier has no gradient at exactly 0. If no input reaches the features through older
+        weights, all are drawn. "zeros": freed weights stay 0, and weights added by `expand` keep their drawn values
+        (PAE); a leaf that is entirely free and 0 is drawn. "fresh": freed weights are drawn as the model draws them.
+      budget: share in (0, 1] of all shared weights that the task may own: `round(budget * weights)` of them, or all
+        free ones if they are fewer; the others stay free and unchanged. The task claims the weights with the largest
+        `budget_scores`; without scores they are drawn with `key`, uniformly among all free weights. None sets no limit.
+        Prune such a task with `of="own"`, because most of the weights available to it are already free.
+      budget_scores: tree parallel to `state.shared`, finite floats of at least 0, such as squared gradients of a first
+        batch.
+      allow_empty: accept a task when no free weight is left; it uses older weights, its local variables and its head.
 
     Returns:
       A new state.
 
     Raises:
-      ArgumentError: the name is taken or empty, or an option unknown.
+      ArgumentError: the name is taken or empty, an option is unknown, or a budget outside its range or too small for
+        one weight.
       PhaseError: the newest task is not frozen yet.
       CapacityError: no free weight is left, or 127 tasks exist.
       StructureError: the state belongs to another model, or the head does not fit the features.
@@ -170,7 +163,8 @@ def pack(
     if local_init not in ("backbone", "fresh") and local_init not in state.tasks:
         choices = ", ".join(map(repr, ("backbone", "fresh", *names(state))))
         raise ArgumentError(f"local_init must be one of {choices}, found {local_init!r}")
-    check_choice("reclaim_init", reclaim_init, ("zeros", "fresh"))
+    check_choice("weight_init", weight_init, WEIGHT_INITS)
+    claiming.check(state, budget, budget_scores)
     require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
     heads.layout(net, head, state.width)
     task_id = len(state.tasks) + 1
@@ -181,11 +175,14 @@ def pack(
         )
     require_single_answers(net, head, state.width)
     local_key, head_key, weight_key = jax.random.split(check_key(key), 3)
-    shared = _reclaimed(net, state, weight_key, fresh=reclaim_init == "fresh")
+    owner = claiming.claimed(state.owner, task_id, budget, budget_scores, weight_key)
+    shared = starting_weights(net, state, weight_key, weight_init, sharing)
+    if budget is not None:
+        shared = claiming.kept_free(state.shared, shared, owner)
     rule = (picking or Picking()) if sharing == "picked" else None
     local = _starting_local(net, state, local_key, local_init)
     variables = heads.initial(net, head, head_key, state.width)
-    pick = rule.scores(shared) if rule is not None and state.tasks else None
+    pick = rule.scores(shared, jax.random.fold_in(weight_key, 1)) if rule is not None and state.tasks else None
     entry = TaskState(
         local=local,
         head=variables,
@@ -198,12 +195,11 @@ def pack(
         sharing=sharing,
         picking=rule,
     )
-    owner = ownership.claim(state.owner, ownership.id_array(task_id))
     return state.replace(shared=shared, owner=owner, tasks={**state.tasks, task: entry})
 
 
 def freeze(state: State, task: str) -> State:
-    """Make a task permanent: nothing of it can change from now on, and its digest is recorded.
+    """Make a task permanent: it can no longer change, and its digest is recorded.
 
     The scores of picks become signs, 1 bit each.
 
@@ -212,7 +208,7 @@ def freeze(state: State, task: str) -> State:
       task: the newest task, not frozen.
 
     Returns:
-      A new state; `verify` will compare it with the digest for ever.
+      A new state, which `verify` compares with the recorded digest.
 
     Raises:
       UnknownTaskError: no task of this name.
@@ -239,18 +235,20 @@ def freeze(state: State, task: str) -> State:
 
 
 def drop(state: State, task: str) -> State:
-    """Forget the newest task on purpose: its weights become free and exactly 0.
+    """Remove a task: its weights become free and exactly 0, and later tasks are renumbered without a gap.
 
     Args:
       state: the network.
-      task: the newest task, frozen or not.
+      task: any task, frozen or not, that no later task can see: sharing "all" sees every older task that owns a weight,
+        "first" the first task, "picked" the tasks of which it picks a weight, or, until it is frozen, may pick one.
 
     Returns:
       A new state without the task.
 
     Raises:
       UnknownTaskError: no task of this name.
-      PhaseError: a later task exists, which may build on this one.
+      PhaseError: later tasks can see it; names them.
+      ForgettingError: a later task is damaged, so its digest cannot be recomputed.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -260,13 +258,48 @@ def drop(state: State, task: str) -> State:
       1.0
     """
     entry = find(state, task)
-    last = newest(state)
-    if task != last:
-        raise PhaseError("drop", task, f"older than {last!r}, which may use its weights", f"drop of {last!r}")
+    later = names(state)[entry.id :]
+    if later and is_traced(state):
+        raise ArgumentError(
+            f"drop of a task that is not the newest looks at values, here of {later}; call it outside jit"
+        )
     integrity.require_owner(state)
-    mine = ownership.owned(state.owner, ownership.id_array(entry.id))
-    shared, owner = ownership.release(state.shared, state.owner, mine)
-    return state.replace(shared=shared, owner=owner, tasks={k: v for k, v in state.tasks.items() if k != task})
+    seeing = [name for name in later if _can_see(state, state.tasks[name], entry)]
+    if seeing:
+        who = ", ".join(map(repr, seeing))
+        raise PhaseError("drop", task, f"older than tasks that can see its weights: {who}", f"drop of {who}")
+    if later:
+        integrity.verify(state)
+    shared, owner = ownership.release(
+        state.shared, state.owner, ownership.owned(state.owner, ownership.id_array(entry.id))
+    )
+    if later:
+        owner = jax.tree.map(lambda o: jnp.where(o > entry.id, o - 1, o), owner)
+    tasks = {
+        name: other.replace(id=other.id - (other.id > entry.id)) for name, other in state.tasks.items() if name != task
+    }
+    dropped = state.replace(shared=shared, owner=owner, tasks=tasks)
+    return dropped.replace(tasks={n: _renumbered(dropped, e) if n in later else e for n, e in tasks.items()})
+
+
+def _can_see(state: State, later: TaskState, entry: TaskState) -> bool:
+    """Return whether a later task sees a weight of an older one, or would see other weights without it."""
+    if later.sharing == "first":
+        return entry.id == 1 and (later.id > 2 or _owns(state, entry))
+    if later.pick is None or later.picking is None or not later.frozen:
+        return _owns(state, entry)
+    owner = jax.tree.leaves(ownership.at_width(state, state.owner, later.width))
+    picks = zip(owner, jax.tree.leaves(later.pick), strict=True)
+    return any(bool(((o == entry.id) & (pick != 0)).any()) for o, pick in picks)
+
+
+def _owns(state: State, entry: TaskState) -> bool:
+    return bool(ownership.host_counts(state.owner, entry.id)[0].any())
+
+
+def _renumbered(state: State, entry: TaskState) -> TaskState:
+    """Return a task whose digests, if it has any, are those of its new id."""
+    return entry.replace(digests=integrity.as_rows(integrity.task_digests(state, entry))) if entry.frozen else entry
 
 
 def _check_new_task(state: State, task: str, head: Any) -> Any:
@@ -288,30 +321,3 @@ def _starting_local(net: Net, state: State, key: jax.Array, source: str) -> Tree
     if source in ("backbone", "fresh"):
         return fresh
     return ownership.local_at_width(state, state.tasks[source], fresh)
-
-
-def _reclaimed(net: Net, state: State, key: jax.Array, fresh: bool) -> Tree:
-    """Return the shared weights with the values that free weights start from."""
-    restart = _empty_leaves(state.shared, state.owner)
-    if not is_traced(restart):
-        untouched = not state.tasks and not np.asarray(restart).all()  # its zeros are the model's own
-        if untouched or (not fresh and not np.asarray(restart).any()):
-            return state.shared
-    drawn, _ = net.initial(key, state.width)
-    return _redraw(state.shared, state.owner, drawn, restart | fresh)
-
-
-@jax.jit
-def _empty_leaves(shared: Tree, owner: Tree) -> jax.Array:
-    """Say per leaf whether it is all free and all zero; bool of shape (leaves,)."""
-    pairs = zip(jax.tree.leaves(shared), jax.tree.leaves(owner), strict=True)
-    return jnp.stack([jnp.all((w == 0) & (o == ownership.FREE)) for w, o in pairs])
-
-
-@jax.jit
-def _redraw(shared: Tree, owner: Tree, drawn: Tree, leaves: jax.Array) -> Tree:
-    """Give zero free weights of the marked leaves their drawn value."""
-    chosen = jax.tree.unflatten(jax.tree.structure(shared), list(leaves))
-    return jax.tree.map(
-        lambda w, o, new, leaf: jnp.where((o == ownership.FREE) & (w == 0) & leaf, new, w), shared, owner, drawn, chosen
-    )

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.arrays import Masks, Owners, Scores, Signs, TaskId, Weights
 from pae_jax.checks import check_number
+from pae_jax.core.selection import smallest
 from pae_jax.errors import ArgumentError, CheckpointError
-from pae_jax.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Picking:
     """How a task picks among the weights of older tasks.
 
     Each older weight has a real score p and takes part as `b * w`, `b = 1 if p > threshold else 0`; with `ternary`
-    also `b = -1 if p < 0`. The score learns as if b were p (straight-through): `dL/dp = dL/d(b * w) * w`.
+    also `b = -1 if p < 0`. The gradient treats b as p (straight-through): `dL/dp = dL/d(b * w) * w`.
 
     Attributes:
       threshold: score above which a weight is picked, at least 0.
-      initial: score that every older weight starts from; above the threshold, so that all are picked at first.
-      ternary: whether a weight may also be used with its sign turned.
+      initial: score that every older weight starts from; above the threshold, so that initially all are picked.
+      ternary: whether a weight may also be used with its sign flipped.
+      top: share in (0, 1] of each leaf's weights to pick, those with the highest scores, instead of a threshold; scores
+        are then initialised uniformly in `+-1 / sqrt(fan in)`. None picks by the threshold.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -41,8 +44,11 @@ class Picking:
     threshold: float = 0.005
     initial: float = 0.01
     ternary: bool = False
+    top: float | None = None
 
     def __post_init__(self) -> None:
+        if self.top is not None and (not check_number("top", self.top, 0.0, 1.0) or self.ternary):
+            raise ArgumentError(f"top must lie in (0, 1] and goes without ternary, found top={self.top!r}")
         check_number("threshold", self.threshold, 0.0)
         check_number("initial", self.initial)
         if not self.initial > self.threshold:
@@ -51,37 +57,54 @@ class Picking:
                 f"first; found {self.initial}"
             )
 
-    def scores(self, shared: Tree) -> Tree:
-        """Return the initial scores, float32 parallel to the shared weights."""
-        return jax.tree.map(lambda w: jnp.full(w.shape, self.initial, jnp.float32), shared)
+    def scores(self, shared: Weights, key: jax.Array) -> Scores:
+        """Return the initial scores, float32 parallel to the shared weights; `key` draws them with `top`."""
+        if self.top is None:
+            return jax.tree.map(lambda w: jnp.full(w.shape, self.initial, jnp.float32), shared)
+        leaves, structure = jax.tree.flatten(shared)
+        bounds = [max(w.size // w.shape[-1], 1) ** -0.5 for w in leaves]
+        keys = jax.random.split(key, len(leaves))
+        drawn = [
+            jax.random.uniform(k, w.shape, minval=-b, maxval=b) for k, w, b in zip(keys, leaves, bounds, strict=True)
+        ]
+        return structure.unflatten(drawn)
 
-    def signs(self, pick: Tree) -> Tree:
-        """Return what takes part: bool, or int8 in {-1, 0, 1} if ternary. Signs are returned as they are."""
+    def signs(self, pick: Scores | Signs) -> Signs:
+        """Return the signs of scores: bool, or int8 in {-1, 0, 1} if ternary. Signs are returned unchanged."""
         return jax.tree.map(self._sign, pick)
 
     def _sign(self, pick: jax.Array) -> jax.Array:
         if not jnp.issubdtype(pick.dtype, jnp.floating):
             return pick
+        if self.top is not None:
+            return self._highest(pick)
         positive = pick > self.threshold
         return positive.astype(jnp.int8) - (pick < 0).astype(jnp.int8) if self.ternary else positive
 
-    def straight_through(self, scores: Tree) -> Tree:
+    def _highest(self, pick: jax.Array) -> jax.Array:
+        """Mark the `round(top * size)` highest scores of a leaf, ties by index."""
+        count = jnp.asarray([pick.size - round((self.top or 0.0) * pick.size)], jnp.int32)
+        scores = jax.lax.stop_gradient(pick)
+        [lowest] = smallest([scores - jnp.min(scores)], [jnp.ones(pick.shape, bool)], count, "leaf")
+        return ~lowest
+
+    def straight_through(self, scores: Scores) -> Scores:
         """Return the signs as float32 factors whose gradient passes to the scores unchanged."""
         return jax.tree.map(lambda p: self._sign(p).astype(p.dtype) + (p - jax.lax.stop_gradient(p)), scores)
 
 
-def older(owner: Tree, task_id: jax.Array) -> Tree:
+def older(owner: Owners, task_id: TaskId) -> Masks:
     """Return the bool tree of the weights that tasks before k own, `0 < owner < k`: those that k may pick."""
     return jax.tree.map(lambda o: (o > 0) & (o < task_id), owner)
 
 
 @jax.jit
-def settle(signs: Tree, owner: Tree, task_id: jax.Array) -> Tree:
-    """Return signs with 0 where there is nothing to pick, so that equal picks are equal arrays."""
+def settle(signs: Signs, owner: Owners, task_id: TaskId) -> Signs:
+    """Return signs with 0 where no weight can be picked, so that equal picks are equal arrays."""
     return jax.tree.map(lambda s, m: jnp.where(m, s, jnp.zeros((), s.dtype)), signs, older(owner, task_id))
 
 
-def to_bits(signs: Tree, owner: Tree, task_id: int) -> np.ndarray:
+def to_bits(signs: Signs, owner: Owners, task_id: int) -> np.ndarray:
     """Return signs as bits, one per older weight (two if ternary), leaf after leaf; uint8, at least one byte."""
     leaves = [np.asarray(s)[_older(o, task_id)] for s, o in zip(*map(jax.tree.leaves, (signs, owner)), strict=True)]
     flat = np.concatenate(leaves)
@@ -90,7 +113,7 @@ def to_bits(signs: Tree, owner: Tree, task_id: int) -> np.ndarray:
     return packed if packed.size else np.zeros(1, np.uint8)
 
 
-def from_bits(bits: np.ndarray, owner: Tree, task_id: int, ternary: bool) -> Tree:
+def from_bits(bits: np.ndarray, owner: Owners, task_id: int, ternary: bool) -> Signs:
     """Undo `to_bits`; raise `CheckpointError` unless there are as many bits as weights to pick from."""
     owners = jax.tree.leaves(owner)
     where = [_older(o, task_id) for o in owners]

@@ -1,4 +1,4 @@
-"""Exact magnitude pruning: `prune`, gradual updates on a host-side budget, and the cubic schedule."""
+"""Exact magnitude pruning: `prune`, gradual updates with a target computed on the host, and the cubic schedule."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.arrays import Counts, Owners, TaskId, Weights
 from pae_jax.checks import check_choice, check_count, check_fraction, is_traced
 from pae_jax.core import integrity, ownership
 from pae_jax.core.selection import Scope, smallest
 from pae_jax.core.state import State, find_trainable
 from pae_jax.errors import ArgumentError
-from pae_jax.trees import Tree
 
 Of = Literal["available", "own"]
 
 
 @partial(jax.jit, static_argnames="scope")
 def release_smallest(
-    shared: Tree, owner: Tree, task_id: jax.Array, wanted: jax.Array, scope: Scope
-) -> tuple[Tree, Tree]:
+    shared: Weights, owner: Owners, task_id: TaskId, wanted: Counts, scope: Scope
+) -> tuple[Weights, Owners]:
     """Release a task's smallest weights, as many as wanted; `wanted` as in `smallest`."""
     mine = ownership.owned(owner, task_id)
     marks = smallest(jax.tree.leaves(shared), jax.tree.leaves(mine), wanted, scope)
@@ -31,24 +31,26 @@ def release_smallest(
 
 
 @partial(jax.jit, static_argnames="scope")
-def release_until(shared: Tree, owner: Tree, task_id: jax.Array, targets: jax.Array, scope: Scope) -> tuple[Tree, Tree]:
+def release_until(
+    shared: Weights, owner: Owners, task_id: TaskId, targets: Counts, scope: Scope
+) -> tuple[Weights, Owners]:
     """Release a task's smallest weights until `targets` of them, int32 (leaves,), are free."""
     _, free = ownership.counts(owner, task_id)
     free = jnp.full_like(free, free.sum()) if scope == "global" else free
     return release_smallest(shared, owner, task_id, jnp.maximum(targets - free, 0), scope)
 
 
-def available(owner: Tree, task_id: int, scope: Scope) -> np.ndarray:
-    """Return how many weights a task has or could claim, int64 (leaves,); all together with scope "global"."""
+def available(owner: Owners, task_id: int, scope: Scope) -> np.ndarray:
+    """Return how many weights a task owns or could claim, int64 (leaves,); the total with scope "global"."""
     own, free = ownership.host_counts(owner, task_id)
     return _together(own + free, scope)
 
 
 def rounded(fraction: Any, counts: Any) -> Any:
-    """Return `round(fraction * counts)` in double precision, int32; half a weight goes to the even number.
+    """Return `round(fraction * counts)` in double precision, int32; halves round to even.
 
-    A float32, which every traced fraction is, stands for the decimal number of six digits that it is nearest to, if it
-    is: the float32 of 0.6 means 0.6.
+    A traced fraction is a float32. If it is the float32 nearest to a decimal number of six digits, it means that
+    number: the float32 of 0.6 means 0.6.
     """
     if not is_traced((fraction, counts)):
         share = float(fraction)
@@ -68,7 +70,9 @@ def rounded(fraction: Any, counts: Any) -> Any:
         return jnp.rint(share * exact).astype(jnp.int32)
 
 
-def pruned(shared: Tree, owner: Tree, task_id: jax.Array, fraction: Any, scope: Scope, of: Of) -> tuple[Tree, Tree]:
+def pruned(
+    shared: Weights, owner: Owners, task_id: TaskId, fraction: Any, scope: Scope, of: Of
+) -> tuple[Weights, Owners]:
     """Release the smallest weights of a task until a fraction is free; return shared weights and owners.
 
     Owners, task id and fraction may be traced.
@@ -94,16 +98,17 @@ def _together(counts: Any, scope: Scope) -> Any:
 def prune(
     state: State, task: str, fraction: float | jax.Array, *, scope: Scope = "leaf", of: Of = "available"
 ) -> State:
-    """Release the smallest weights of the newest task until a fraction of its room is free.
+    """Release the smallest weights of the newest task until a fraction of its available weights is free.
 
     Per leaf, with n weights available to the task (its own plus the free ones), exactly `round(fraction * n)` weights
-    are free afterwards; Python's `round`. Smaller |w| goes first, ties by index. Released weights are exactly 0.
-    Where more than that is free already, nothing changes.
+    are free afterwards, with Python's `round`. Weights with smaller |w| are released first, ties by index. Released
+    weights are exactly 0. If more than that is already free, nothing changes.
 
     Args:
       state: the network.
       task: the newest task, not frozen.
-      fraction: share in [0, 1] of the weights that `of` names. It may be traced; one outside is then clipped.
+      fraction: share in [0, 1] of the weights that `of` names. It may be traced; a traced value outside the range is
+        clipped.
       scope: "leaf" ranks and counts per leaf, as the paper does; "global" over all leaves together.
       of: "available" counts own and free weights (PAE, CPG); "own" releases `round(fraction * own)` of the task's
         present weights (PackNet).
@@ -139,8 +144,8 @@ def prune(
 class CubicSchedule:
     """Gradual pruning: from one fraction to another over a range of training steps.
 
-    `s(t) = final + (initial - final) * (1 - p)^3`, `p = clip((t - begin) / (end - begin), 0, 1)`; many weights go
-    early, while the network can still recover, and few at the end.
+    `s(t) = final + (initial - final) * (1 - p)^3`, `p = clip((t - begin) / (end - begin), 0, 1)`; many weights are
+    released early, while the network can still recover, and few at the end.
 
     Attributes:
       final: fraction of the available weights that is free at `end`, in [0, 1].
@@ -182,7 +187,7 @@ class CubicSchedule:
         check_count("every", self.every, 1)
 
     def __call__(self, step: int) -> float:
-        """Return the fraction that is to be free after this many steps."""
+        """Return the target fraction of free weights after this many steps."""
         span = self.end - self.begin
         progress = min(max((step - self.begin) / span, 0.0), 1.0) if span else float(step >= self.end)
         return self.final + (self.initial - self.final) * (1.0 - progress) ** 3

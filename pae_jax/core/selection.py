@@ -1,4 +1,4 @@
-"""Exact selection of the smallest magnitudes without a sort, in a dozen passes over memory."""
+"""Exact selection of the smallest magnitudes without sorting, in about a dozen passes over memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, auto_axes
 
+from pae_jax.arrays import BoolArray, Counts, FloatArray
+
 Scope = Literal["leaf", "global"]
 Select = Callable[..., list[jax.Array]]
 Pool = Callable[[jax.Array], jax.Array]
 
-_DIGIT = 3  # bits that one pass settles; counting for 7 bounds at once still runs at the speed of memory on a CPU
+_DIGIT = 3  # bits decided by one pass; counting for 7 bounds at once is still limited by memory bandwidth on a CPU
 
 
 def smallest(
-    leaves: Sequence[jax.Array], candidates: Sequence[jax.Array], wanted: jax.Array, scope: Scope
-) -> list[jax.Array]:
+    leaves: Sequence[FloatArray], candidates: Sequence[BoolArray], wanted: Counts, scope: Scope
+) -> list[BoolArray]:
     """Mark the entries of smallest magnitude, exactly as many as wanted, ties broken by index.
 
-    The magnitudes are read as integers of the same order, and the wanted-th smallest of them is found digit by digit
-    from the top: each pass counts the entries below the 7 values that the next 3 bits can take. So a leaf of float32
-    needs 11 passes, of bfloat16 or float16 alone 5, whatever the numbers are.
+    The magnitudes are read as integers of the same order, and the wanted-th smallest is found digit by digit, highest
+    first: each pass counts the entries below the 7 values that the next 3 bits can take. So float32 leaves need 11
+    passes, and bfloat16 or float16 leaves alone 5, regardless of the values.
 
     Args:
       leaves: float arrays; NaN counts as larger than infinity.
       candidates: bool arrays of the same shapes; only these entries may be marked.
       wanted: int32 of shape (leaves,): how many to mark in each leaf, at most its candidates; with scope "global"
-        every entry is the number to mark in all leaves together. Traced, like everything but shapes and scope.
+        every entry is the number to mark in all leaves together. May be traced, as may everything but shapes and scope.
       scope: "leaf" ranks each leaf by itself, "global" all leaves together.
 
     Returns:
@@ -47,7 +49,7 @@ def smallest(
     shardings = [jax.typeof(leaf).sharding for leaf in leaves]
     select: Select = partial(_smallest, scope=scope)
     if any(axis != AxisType.Auto for sharding in shardings for axis in sharding.mesh.axis_types):
-        # Leaves are cut into rows wherever they are sharded; how to do that is left to the partitioner.
+        # Leaves are cut into rows regardless of their sharding; the partitioner decides how.
         select = cast(Select, auto_axes(select, out_sharding=shardings))
     return select(leaves, candidates, wanted)
 
@@ -62,7 +64,7 @@ def _smallest(
     rows = [_row_counts(key, jnp.stack([bound, bound + 1])) for key, bound in zip(keys, kth, strict=True)]
     below, upto = jnp.unstack(jnp.stack([counts.sum(axis=1) for counts in rows]), axis=1)
     missing = wanted - pool(below)
-    if together:  # earlier leaves give their ties first
+    if together:  # ties in earlier leaves are taken first
         tied = upto - below
         missing = jnp.clip(missing - (jnp.cumsum(tied) - tied), 0, tied)
     ends = [_tie_end(*args) for args in zip(keys, kth, rows, missing, strict=True)]
@@ -77,7 +79,7 @@ def _magnitude_keys(leaves: Sequence[jax.Array], candidates: Sequence[jax.Array]
     """Map |w| to unsigned integers of the same order, and say how many low bits they use.
 
     The bit pattern of an IEEE float without its sign, read as an integer, grows with the magnitude. Leaves of several
-    dtypes are compared in a dtype that holds them all. What is no candidate maps to the largest integer.
+    dtypes are compared in a dtype that holds them all. Entries that are no candidates map to the largest integer.
     """
     dtypes = {leaf.dtype for leaf in leaves}
     if len(dtypes) == 1 and jnp.finfo(*dtypes).bits >= 16:
@@ -99,14 +101,14 @@ def _magnitude_keys(leaves: Sequence[jax.Array], candidates: Sequence[jax.Array]
 def _kth(keys: list[jax.Array], wanted: jax.Array, bits: int, pool: Pool) -> jax.Array:
     """Return per leaf the wanted-th smallest key (1-based), for keys below 2**bits.
 
-    That is the largest bound with fewer than `wanted` keys below it. Its digits are settled from the highest down: a
-    digit is the number of trial bounds that still have too few keys below them.
+    That is the largest bound with fewer than `wanted` keys below it. Its digits are decided from the highest to the
+    lowest: a digit is the number of trial bounds that have too few keys below them.
     """
     unsigned = keys[0].dtype
     digits = jnp.arange(1, 2**_DIGIT, dtype=unsigned)[None]
 
     def settle(i: jax.Array, bound: jax.Array) -> jax.Array:
-        # The last digit may reach into bits that are settled; bounds above the next settled one are never too low.
+        # The last digit may overlap bits already decided; bounds above the next decided one are never too low.
         shift = jnp.maximum(bits - _DIGIT * (i + 1), 0).astype(unsigned)
         trials = bound[:, None] + (digits << shift)
         counts = pool(jnp.stack([_counts_below(key, trial, 0) for key, trial in zip(keys, trials, strict=True)]))
@@ -118,8 +120,8 @@ def _kth(keys: list[jax.Array], wanted: jax.Array, bits: int, pool: Pool) -> jax
 def _counts_below(key: jax.Array, bounds: jax.Array, axis: int) -> jax.Array:
     """Count the keys below each bound over the axes from `axis` on; int32 of shape (bounds, *axes before).
 
-    One reduction with several results, because XLA's CPU compiler vectorises that one and not a sum of comparisons:
-    7 bounds of it cost a tenth of a single such sum.
+    This is one reduction with several results, because XLA's CPU compiler vectorises it but not a sum of comparisons: 7
+    bounds cost a tenth of a single such sum.
     """
 
     def add(totals: Sequence[jax.Array], counts: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -143,8 +145,8 @@ def _row_counts(key: jax.Array, bounds: jax.Array) -> jax.Array:
 def _tie_end(key: jax.Array, bound: jax.Array, counts: jax.Array, missing: jax.Array) -> jax.Array:
     """Return the position before which exactly `missing` keys equal to a bound lie; uint32.
 
-    `counts` are the row counts below the bound and below its successor. They say in which row the end lies, so only
-    that row is looked at.
+    `counts` are the row counts below the bound and below its successor. They determine the row of the end, so only that
+    row is read.
     """
     up_to_row = jnp.cumsum(counts[1] - counts[0])
     row = jnp.sum(up_to_row < missing)

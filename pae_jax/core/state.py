@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from typing import Any
 
 import jax
@@ -21,19 +22,19 @@ SHARING = ("all", "first", "picked")
 
 
 class TaskState(struct.PyTreeNode):
-    """What belongs to one task alone, at the width the task was packed at.
+    """The record of one task: the arrays that only it uses, at the width it was packed at.
 
     Attributes:
       local: local variables of the backbone, `{collection: nested dict}`.
       head: variables of the task's output layer, `{collection: nested dict}`.
-      digests: one row per array the task depends on. uint8 (arrays, 32), their SHA-256, once the task is frozen; False
-        everywhere before. So `freeze` changes no tree structure, and frozen networks stack.
+      digests: one row per array the task depends on: uint8 (arrays, 32), its SHA-256, once the task is frozen; bool,
+        all False, before. So `freeze` does not change the tree structure, and frozen networks can be stacked.
       pick: tree parallel to the shared weights at the task's width: float32 scores while the task may be trained, bool
-        (int8 if ternary) once frozen; None where there is nothing to pick from.
+        (int8 if ternary) once frozen; None if there is no older weight to pick.
       id: owner id, 1 for the first task.
-      width: width of the backbone the task runs at, for ever.
+      width: width of the backbone the task runs at; never changes.
       head_spec: number of classes, or the Flax module, that builds the head; None for none.
-      layout: `(path, dtype and shape)` of local variables and head, as they were packed.
+      layout: dtype and shape of local variables and head, as they were packed; see `layout_of`.
       sharing: which older weights the task sees: "all", "first" (those of task 1) or "picked".
       picking: how it picks, with sharing "picked"; None otherwise.
     """
@@ -45,13 +46,13 @@ class TaskState(struct.PyTreeNode):
     id: int = struct.field(pytree_node=False, kw_only=True)
     width: float = struct.field(pytree_node=False, kw_only=True)
     head_spec: Any = struct.field(pytree_node=False, kw_only=True)
-    layout: tuple[tuple[str, str], ...] = struct.field(pytree_node=False, kw_only=True)
+    layout: str = struct.field(pytree_node=False, kw_only=True)
     sharing: str = struct.field(pytree_node=False, default="all")
     picking: Picking | None = struct.field(pytree_node=False, default=None)
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing of this task can change any more."""
+        """Whether the task is frozen and can no longer change."""
         return self.digests.dtype == np.uint8
 
     @property
@@ -65,12 +66,12 @@ class TaskState(struct.PyTreeNode):
 
 
 class Growth(struct.PyTreeNode):
-    """One expansion: where the weights of the narrow backbone went in the wide one.
+    """One expansion: positions of the narrow backbone's weights in the wide one.
 
     Attributes:
       narrow: width before.
       wide: width after.
-      maps: the index maps, as found on the day of the expansion; they are never derived again.
+      maps: the index maps found by the expansion; they are stored and never recomputed.
     """
 
     narrow: float = struct.field(pytree_node=False)
@@ -88,8 +89,8 @@ class State(struct.PyTreeNode):
       width: channel factor of `shared` and `owner`.
       growth: one record per expansion, oldest first.
       local: the backbone's own local variables, which `init` drew or `from_variables` was given, at the state's width;
-        a new task starts from them. None in a network loaded from a stage that has none.
-      layout: `(path, dtype and shape)` of the shared weights and the local variables, as the model has them.
+        a new task starts from them. None in a network loaded from a stage without them.
+      layout: dtype and shape of the shared weights and the local variables, as the model has them; see `layout_of`.
     """
 
     shared: Tree
@@ -98,7 +99,7 @@ class State(struct.PyTreeNode):
     width: float = struct.field(pytree_node=False)
     growth: tuple[Growth, ...] = struct.field(pytree_node=False, default=())
     local: Tree | None = None
-    layout: tuple[tuple[str, str], ...] = struct.field(pytree_node=False, default=())
+    layout: str = struct.field(pytree_node=False, default="{}")
 
     def __repr__(self) -> str:
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.shared))
@@ -112,9 +113,12 @@ class State(struct.PyTreeNode):
         return f"<div>{html.escape(repr(self))}</div>{ownership_bars(order, counts)}"
 
 
-def layout_of(**trees: Tree) -> tuple[tuple[str, str], ...]:
-    """Return `(path, dtype and shape)` of the arrays of named trees."""
-    return tuple((path, describe(leaf)) for path, leaf in flatten(trees).items())
+def layout_of(**trees: Tree) -> str:
+    """Return dtype and shape of the arrays of named trees, as the JSON of `{path: text}`.
+
+    One string, because JAX compares the static fields of a state at every call of a compiled function.
+    """
+    return json.dumps({path: describe(leaf) for path, leaf in flatten(trees).items()})
 
 
 def names(state: State) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets, streams of tasks, augmentation on the device, and loading of what does not fit memory."""
+"""Data sets, streams of tasks, augmentation on the device, and loading of data larger than memory."""
 
 from pae_jax.data.augmentation import CropAndFlip as CropAndFlip
 from pae_jax.data.augmentation import RandomCropTo as RandomCropTo
@@ -10,12 +10,22 @@ from pae_jax.data.cifar100 import LabelledImages as LabelledImages
 from pae_jax.data.cifar100 import LabelledPart as LabelledPart
 from pae_jax.data.cifar100 import load_cifar100 as load_cifar100
 from pae_jax.data.cifar100 import superclass_tasks as superclass_tasks
+from pae_jax.data.cropping import Cutout as Cutout
+from pae_jax.data.cropping import RandomSizedCrop as RandomSizedCrop
+from pae_jax.data.cropping import cutout as cutout
+from pae_jax.data.cropping import random_sized_crop as random_sized_crop
+from pae_jax.data.decoding import MAX_PIXELS as MAX_PIXELS
 from pae_jax.data.decoding import as_size as as_size
 from pae_jax.data.decoding import decode_rgb as decode_rgb
 from pae_jax.data.decoding import resized as resized
+from pae_jax.data.files import LARGEST_IMAGE as LARGEST_IMAGE
+from pae_jax.data.files import open_file as open_file
+from pae_jax.data.files import read_file as read_file
 from pae_jax.data.folders import ImageFolders as ImageFolders
 from pae_jax.data.folders import ImageSource as ImageSource
 from pae_jax.data.folders import image_folder as image_folder
+from pae_jax.data.image_pack import ImagePack as ImagePack
+from pae_jax.data.image_pack import read_pack as read_pack
 from pae_jax.data.optional import require as require
 from pae_jax.data.orl import FaceGroup as FaceGroup
 from pae_jax.data.orl import OrlFaces as OrlFaces

@@ -1,4 +1,4 @@
-"""More training images from few: once in the arrays, or drawn anew in every training step on the device."""
+"""Data augmentation: once in the arrays, or randomly in every training step on the device."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Examples = tuple[np.ndarray, np.ndarray]
 
 
 def augmented(examples: Examples, pixels: int = 4, mirror: bool = True) -> Examples:
-    """Return all images shifted in nine ways, and these once more mirrored.
+    """Return all images with nine shifts each, and optionally mirrored copies of these.
 
-    A shift is by -pixels, 0 or +pixels along each axis; what comes in at a border repeats the border.
+    A shift is by -pixels, 0 or +pixels along each axis; pixels shifted in repeat the border.
 
     Args:
       examples: images (n, height, width, channels) of any dtype, and labels (n, ...).
       pixels: size of a shift, from 0 (no shifts) to less than the height and the width.
-      mirror: whether to add mirrored images, left and right exchanged. Faces may be mirrored, digits may not.
+      mirror: whether to add mirrored images, left and right exchanged. Mirror faces, but not digits.
 
     Returns:
       The images, 9 or 18 times as many (1 or 2 times without shifts), unchanged ones included, and their labels.
@@ -109,14 +109,14 @@ def crop_and_flip(pad: int = 4, *, fill: float | Sequence[float] | np.ndarray = 
     """Return the augmentation of small images: a random crop of the padded image and a random flip.
 
     Each image is padded by `pad` pixels on every side, cut back to its own size at a uniformly drawn place, and
-    flipped with probability 1/2. The work is one gather inside the compiled step. Equal settings make equal objects,
-    so that what they are compiled into is compiled once.
+    flipped with probability 1/2. The augmentation is one gather inside the compiled step. Equal settings make equal
+    objects, so that a step with the same settings is compiled once.
 
     Args:
       pad: pixels on every side, at least 0; 0 only flips.
       fill: value of the padding in the images as they arrive: a number, or one per channel. Black is
         `-mean / std` in normalised images.
-      flip: whether to flip. Digits and text may not be flipped.
+      flip: whether to flip. Do not flip digits or text.
 
     Returns:
       A pure function `(key, x) -> x` of images (n, height, width, channels) that keeps shape and dtype.
@@ -172,7 +172,7 @@ ImageArray = TypeVar("ImageArray", np.ndarray, jax.Array)
 def centre_crop(x: ImageArray, size: int | tuple[int, int]) -> ImageArray:
     """Cut out the middle of images, for evaluation where training crops at random.
 
-    Rows `(height - h) // 2` and on, and columns alike.
+    Rows start at `(height - h) // 2`, columns likewise.
 
     Args:
       x: images (n, height, width, channels), NumPy or JAX.

@@ -1,7 +1,7 @@
 """Builders for tensorflow-datasets that work without TensorFlow; the only file that imports tensorflow-datasets.
 
-They store images as they are encoded, in ArrayRecord files, and read them back encoded with random access, so nothing
-in between needs TensorFlow: not its encoders, its records nor its file system.
+They store the encoded images in ArrayRecord files and read them back encoded, with random access. So they need none of
+TensorFlow's encoders, records or file system.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import cifar
 
 from pae_jax.data.decoding import decode_rgb
+from pae_jax.data.files import LARGEST_IMAGE, read_file
 from pae_jax.errors import DataError
 
 FORMAT = "array_record"
@@ -26,7 +27,7 @@ READ_AHEAD = 256
 
 
 class File(NamedTuple):
-    """An image file: its path, its label and the name it is known by."""
+    """An image file: its path, its label and its name in the records."""
 
     path: Path
     label: int
@@ -54,7 +55,7 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # everything is there
+        del dl_manager  # nothing to download
         return {split: self._generate_examples(files) for split, files in self.listing.items()}
 
     def _generate_examples(self, files: list[File]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,7 +68,7 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     else:
                         yield start + offset, {"image": io.BytesIO(content), "label": file.label, "file": file.name}
         if self.problems:
-            raise RuntimeError("unreadable images")  # stops the build; nothing half-written is kept
+            raise RuntimeError("unreadable images")  # stops the build; partial files are removed
 
 
 class Cifar100(cifar.Cifar100, skip_registration=True):
@@ -95,13 +96,13 @@ class Cifar100(cifar.Cifar100, skip_registration=True):
 def folder_records(
     listing: dict[str, list[File]], classes: tuple[str, ...], data_dir: Path, summary: Callable[[list[str]], str]
 ) -> dict[str, Any]:
-    """Return per split the stored records of image files, encoded, after storing them if they are not there.
+    """Return per split the stored records of encoded image files; store them first if needed.
 
     Args:
       listing: the files of each split.
       classes: the name of each label.
       data_dir: folder of this listing's records.
-      summary: makes the text of the error from those of the single images.
+      summary: combines the error texts of single images into one message.
 
     Returns:
       Per split a random-access sequence of dicts with `image` (bytes), `label` (int) and `file` (bytes).
@@ -111,20 +112,20 @@ def folder_records(
     """
     builder = ImageFolder(listing, classes, data_dir)
     try:
-        builder.download_and_prepare()
+        _prepare(builder)
     except RuntimeError as error:
         if builder.problems:
             raise DataError(summary(builder.problems)) from error
         raise
-    # Reading needs no listing: what is stored describes itself, and travels light to the workers of a loader.
+    # Reading needs no listing: the stored records are self-describing and cheap to send to the workers of a loader.
     return _encoded_records(tfds.builder_from_directory(builder.data_dir), tuple(listing))
 
 
 def cifar100_records(data_dir: str | None = None) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return the stored records of CIFAR-100, encoded, after downloading and storing them if they are not there.
+    """Return the stored records of CIFAR-100, with encoded images; download and store them first if needed.
 
     Args:
-      data_dir: folder for it; None is the usual one of tensorflow-datasets.
+      data_dir: folder of the data; None takes the default of tensorflow-datasets.
 
     Returns:
       Per split ("train", "test") a random-access sequence of dicts with `image` (bytes), `label`, `coarse_label` and
@@ -135,7 +136,7 @@ def cifar100_records(data_dir: str | None = None) -> tuple[dict[str, Any], list[
     """
     builder = Cifar100(data_dir=data_dir, file_format=FORMAT)
     try:
-        builder.download_and_prepare()
+        _prepare(builder)
     except (OSError, tfds.download.DownloadError, tarfile.TarError) as error:
         raise DataError(
             f"CIFAR-100 could not be downloaded ({type(error).__name__}: {error}). Try again where there is internet, "
@@ -145,6 +146,14 @@ def cifar100_records(data_dir: str | None = None) -> tuple[dict[str, Any], list[
     return _encoded_records(builder, ("train", "test")), features["label"].names, features["coarse_label"].names
 
 
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Store a data set unless it exists; another job may store the same one at the same time."""
+    try:
+        builder.download_and_prepare()
+    except FileExistsError:  # tensorflow-datasets renames its finished folder; another job finished first
+        builder.download_and_prepare()  # finds the stored data
+
+
 def _encoded_records(builder: Any, splits: tuple[str, ...]) -> dict[str, Any]:
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {split: builder.as_data_source(split, decoders=decoders) for split in splits}
@@ -152,10 +161,8 @@ def _encoded_records(builder: Any, splits: tuple[str, ...]) -> dict[str, Any]:
 
 def _checked_content(file: File) -> bytes | DataError:
     try:
-        content = file.path.read_bytes()
+        content = read_file(file.path, "an image", LARGEST_IMAGE)
         decode_rgb(content, str(file.path))
-    except OSError as error:
-        return DataError(f"{file.path}: cannot be read ({error.strerror}).")
     except DataError as error:
         return error
     return content

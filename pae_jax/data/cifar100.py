@@ -11,15 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from pae_jax.data.decoding import decode_rgb
+from pae_jax.data.image_pack import read_pack
 from pae_jax.data.optional import require
 from pae_jax.data.splits import Splits, class_incremental
 from pae_jax.errors import ArgumentError, DataError
 
 SIDE = 32
 PARTS = {"train": 0, "test": 2}
-ARRAYS = {"bytes": "u", "offsets": "iu", "split": "iu", "fine": "iu", "coarse": "iu", "fine_names": "U"} | {
-    "coarse_names": "U"
-}
 
 
 class LabelledPart(NamedTuple):
@@ -38,7 +36,7 @@ class LabelledPart(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """CIFAR-100, or those of its superclasses that were asked for.
+    """CIFAR-100, or the requested superclasses of it.
 
     Attributes:
       train: the training images, in the official order.
@@ -58,32 +56,31 @@ def load_cifar100(
 ) -> LabelledImages:
     """Load CIFAR-100 from a pack file, or through tensorflow-datasets.
 
-    A pack is a file of `numpy.savez`: `bytes` uint8, all encoded images one after the other; `offsets` integers
-    (n + 1,), so that image i is `bytes[offsets[i]:offsets[i + 1]]`; `split` (n,), 0 train and 2 test; `fine` and
-    `coarse` (n,), the labels; `fine_names` and `coarse_names`, their names.
+    A pack is a file of `numpy.savez`, see `read_pack`, with the labels `split`, 0 train and 2 test, `fine` and
+    `coarse`, and the names `fine_names` and `coarse_names`.
 
     Args:
       pack: the pack file; None downloads the official file once, which needs internet but not TensorFlow.
       superclasses: decode the images of these superclasses only: their names, or a number of them in alphabetical
-        order; None decodes all, in some ten seconds.
+        order; None decodes all, which takes about ten seconds.
       progress: show a progress bar while decoding.
 
     Returns:
       The images with their labels.
 
     Raises:
-      DataError: the pack is missing, cut off, no pack, or inconsistent, an image cannot be decoded or has another size;
-        the download failed; or packages are missing.
+      DataError: the pack is missing, truncated, inconsistent or not a pack; an image cannot be decoded or has another
+        size; the download failed; or packages are missing.
       ArgumentError: an unknown superclass.
 
     Example:
       >>> load_cifar100("nowhere.npz")
       Traceback (most recent call last):
         ...
-      pae_jax.errors.DataError: nowhere.npz: no such file; expected a pack of CIFAR-100, an .npz file...
+      pae_jax.errors.DataError: nowhere.npz: cannot be read (No such file or directory); expected an .npz file of...
 
-    Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. Ten of its images stand in
-    both the training and the test part.
+    Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. Ten of its images are in both
+    the training and the test part.
     """
     parts, fine_names, coarse_names = _downloaded() if pack is None else _packed(Path(pack))
     wanted = [coarse_names.index(name) for name in _choose(superclasses, coarse_names)]
@@ -102,20 +99,20 @@ def load_cifar100(
 def superclass_tasks(
     images: LabelledImages, tasks: Sequence[str] | int | None = None, *, val_fraction: float = 0.1, seed: int = 0
 ) -> Splits:
-    """Cut CIFAR-100 into one task per superclass: tell its five classes apart.
+    """Split CIFAR-100 into one task per superclass, which classifies its five classes.
 
     Tasks and the labels inside them are in alphabetical order of the names, as in the published table. Validation is
-    held out of the training part; mean and standard deviation are those of what trains, task by task. See
+    held out of the training part; mean and standard deviation are computed from the training images of each task. See
     `class_incremental`.
 
     Args:
       images: from `load_cifar100`.
       tasks: names of superclasses in the order wanted, or how many of the first ones; None takes all that are loaded.
-      val_fraction: share of each class's training images that validates, between 0 and 1; 0.1 is 50 of 500.
+      val_fraction: share of each class's training images held out for validation, between 0 and 1; 0.1 is 50 of 500.
       seed: seed of the held-out part, at least 0.
 
     Returns:
-      A sequence of `Split`, each made when it is asked for: 2,250 train, 250 validation and 500 test images by default.
+      A sequence of `Split`, each created on access: 2,250 train, 250 validation and 500 test images by default.
 
     Raises:
       DataError: a class belongs to two superclasses, or has too few images.
@@ -154,7 +151,7 @@ def superclass_tasks(
 
 
 class _Encoded(NamedTuple):
-    """Images of one part before they are decoded; `read` gives the encoded image of a number, and `place` its name."""
+    """Images of one part before decoding; `read` returns the encoded image of an index, and `place` its name."""
 
     numbers: np.ndarray
     fine: np.ndarray
@@ -186,7 +183,7 @@ def _downloaded() -> Source:
     parts = {}
     for name in PARTS:
         rows = [records[name][i] for i in range(len(records[name]))]
-        rows.sort(key=lambda row: row["id"])  # stored in another order than the official one
+        rows.sort(key=lambda row: row["id"])  # the stored order differs from the official one
         fine, coarse = (np.asarray([row[key] for row in rows]) for key in ("label", "coarse_label"))
         read = lambda number, rows=rows: rows[number]["image"]  # noqa: E731
         parts[name] = _Encoded(np.arange(len(rows)), fine, coarse, read, f"CIFAR-100, {name}")
@@ -194,61 +191,20 @@ def _downloaded() -> Source:
 
 
 def _packed(path: Path) -> Source:
-    data = _arrays(path)
-    encoded, offsets, split = data["bytes"], data["offsets"].astype(np.int64), data["split"]
-    count = len(split)
-    if offsets.shape != (count + 1,) or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(encoded):
-        raise DataError(
-            f"{path}: offsets do not cut the {len(encoded):,} bytes into {count:,} images; expected {count + 1:,} "
-            "rising numbers from 0 to the number of bytes. Is the file cut off?"
-        )
+    labels = {"split": (0, 2, "0 train, 2 test"), "fine": "fine_names", "coarse": "coarse_names"}
+    pack = read_pack(path, labels, ("fine_names", "coarse_names"))
+    split = pack.labels["split"]
     if not set(np.unique(split).tolist()) == set(PARTS.values()):
         raise DataError(f"{path}: split has the values {np.unique(split).tolist()}, expected 0 (train) and 2 (test).")
-    names = {}
-    for label in ("fine", "coarse"):
-        names[label] = tuple(map(str, data[f"{label}_names"]))
-        values = data[label]
-        if values.shape != split.shape or values.min() < 0 or values.max() >= len(names[label]):
-            raise DataError(
-                f"{path}: {label} has shape {values.shape} and values {values.min()} to {values.max()}, expected "
-                f"({count},) and 0 to {len(names[label]) - 1} for {len(names[label])} names."
-            )
-    read = lambda number: encoded[offsets[number] : offsets[number + 1]].tobytes()  # noqa: E731
     parts = {
-        name: _Encoded(numbers, data["fine"][numbers], data["coarse"][numbers], read, str(path))
+        name: _Encoded(numbers, pack.labels["fine"][numbers], pack.labels["coarse"][numbers], pack.encoded, str(path))
         for name, numbers in ((name, np.flatnonzero(split == value)) for name, value in PARTS.items())
     }
-    return parts, names["fine"], names["coarse"]
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a pack, each one-dimensional, not empty and of the right kind."""
-    expected = f"expected a pack of CIFAR-100, an .npz file with {', '.join(ARRAYS)}"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; {expected}.")
-    files: list[str] = []
-    data: dict[str, np.ndarray] = {}
-    try:
-        with path.open("rb") as file:
-            pack = np.load(file, allow_pickle=False)
-            if isinstance(pack, np.lib.npyio.NpzFile):  # a single array otherwise
-                files = list(pack.files)
-                data = {name: pack[name] for name in ARRAYS if name in files}
-    except Exception as error:  # a damaged archive makes the readers of zip files and arrays raise nearly everything
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}); {expected}.") from error
-    missing = [name for name in ARRAYS if name not in data]
-    if missing:
-        raise DataError(f"{path}: the arrays {missing} are missing, found {files}; {expected}.")
-    for name, kinds in ARRAYS.items():
-        array = data[name]
-        if array.ndim != 1 or not array.size or array.dtype.kind not in kinds or (kinds == "u" and array.itemsize > 1):
-            wanted = {"u": "uint8", "iu": "integers", "U": "text"}[kinds]
-            raise DataError(f"{path}: {name} is {array.dtype}{list(array.shape)}, expected {wanted} in one dimension.")
-    return data
+    return parts, pack.names["fine_names"], pack.names["coarse_names"]
 
 
 def _choose(wanted: Sequence[str] | int | None, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of superclasses that an argument means."""
+    """Return the names of the superclasses that an argument selects."""
     names = sorted(known)
     if wanted is None:
         return tuple(names)

@@ -1,4 +1,4 @@
-"""The user's own images: one folder per split, in it one folder per class."""
+"""Image folders: one folder per split, with one subfolder per class."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import hashlib
 import operator
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from pae_jax.data.decoding import decode_rgb
+from pae_jax.data.files import require_inside
 from pae_jax.data.optional import require
 from pae_jax.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from pae_jax.data.builders import File
 
-LAYOUT = 1  # of the stored records; another number stores them anew
+LAYOUT = 1  # version of the stored records; a new version stores them again
 SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSource(Sequence[dict[str, Any]]):
-    """Images with random access, decoded when they are asked for; what a Grain data loader takes.
+    """Images with random access, decoded on access; a data source for a Grain data loader.
 
-    Item i is a dict: `image` uint8 (height, width, 3), `label` int, `file` "class/name". The order is that of the
-    sorted classes, and in each of the sorted file names.
+    Item i is a dict: `image` uint8 (height, width, 3), `label` int, `file` "class/name". Images are ordered by sorted
+    class, then by sorted file name.
 
     Attributes:
       split: name of the split.
@@ -79,30 +81,36 @@ class ImageFolders(Mapping[str, ImageSource]):
 
 
 def image_folder(
-    root: str | Path, *, cache_dir: str | Path, splits: Sequence[str] = ("train", "val", "test")
+    root: str | Path,
+    *,
+    cache_dir: str | Path,
+    splits: Sequence[str] = ("train", "val", "test"),
+    follow_links: bool = False,
 ) -> ImageFolders:
     """Open class folders of images, `root/<split>/<class>/<image>`, for reading in any order.
 
-    The first time, every image is checked by decoding it, and all are stored as they are encoded in one ArrayRecord
-    data set of tensorflow-datasets under `cache_dir`; TensorFlow is not needed. Later calls use what is stored as long
-    as names, sizes and modification times of all files are the same; otherwise the images are stored anew beside it,
-    and the older data set may be deleted by hand. Hidden files and folders are left out.
+    The first call checks every image by decoding it, and stores all encoded images in one ArrayRecord data set of
+    tensorflow-datasets under `cache_dir`; TensorFlow is not needed. Later calls use the stored data set if names, sizes
+    and modification times of all files are unchanged. Otherwise the images are stored in a new data set, and you may
+    delete the older one. Hidden files and folders are ignored.
 
-    Images come as RGB, whatever they are stored as: grey, palette and CMYK images are converted, transparency is
-    dropped, and an orientation in the EXIF data is applied.
+    Images are always RGB: grey, palette and CMYK images are converted, transparency is dropped, and EXIF orientation is
+    applied.
 
     Args:
       root: the folder of the splits.
       cache_dir: folder for the stored data sets, about as large as the images.
       splits: names of the folders in `root` to open, made of letters, digits and underscores.
+      follow_links: whether symbolic links may lead out of `root`; otherwise such a link is refused.
 
     Returns:
       A mapping from split to `ImageSource`, with the names of the classes.
 
     Raises:
-      DataError: a folder is missing or empty; a class is in one split and not in another; an entry is not what its
-        place says; images are empty or cannot be decoded, named up to the tenth; or packages are missing.
-      ArgumentError: `splits` names none, one twice, or one that cannot be a name.
+      DataError: a folder is missing or empty; a class is in one split and not in another; an entry is of the wrong
+        kind, is a link that leads out of `root`, or has a name that is not UTF-8; images are empty or cannot be decoded
+        (see `decode_rgb`; the first ten are named); or packages are missing.
+      ArgumentError: `splits` is empty, repeats a name or has an invalid name.
 
     Example:
       >>> import tempfile
@@ -122,7 +130,8 @@ def image_folder(
     splits = tuple(splits)
     if not splits or len(set(splits)) != len(splits) or not all(re.fullmatch(r"[A-Za-z]\w*", name) for name in splits):
         raise ArgumentError(f"splits: found {splits}, expected different names of letters, digits and underscores.")
-    folders = {split: _class_folders(root, split) for split in splits}
+    inside = None if follow_links else root
+    folders = {split: _class_folders(root, split, inside) for split in splits}
     classes = _common_classes(folders)
     digest = hashlib.sha256(repr((LAYOUT, splits, classes)).encode())
     listing: dict[str, list[File]] = {}
@@ -130,7 +139,7 @@ def image_folder(
     for split in splits:
         listing[split] = files = []
         for label, name in enumerate(classes):
-            for path, status in _image_files(folders[split][name]):
+            for path, status in _image_files(folders[split][name], inside):
                 if not status.st_size:
                     empty.append(str(path))
                 digest.update(repr((split, label, path.name, status.st_size, status.st_mtime_ns)).encode())
@@ -146,7 +155,7 @@ def image_folder(
     return ImageFolders(classes, {split: ImageSource(split, classes, records[split]) for split in splits})
 
 
-def _class_folders(root: Path, split: str) -> dict[str, Path]:
+def _class_folders(root: Path, split: str, inside: Path | None) -> dict[str, Path]:
     """Return the class folders of a split by name."""
     if not (root / split).is_dir():
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else "no such folder"
@@ -154,8 +163,10 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
             f"{root / split}: no such folder; {root} holds {found}. Expected root/<split>/<class>/<image>; name the "
             "splits you have with splits=."
         )
+    if inside is not None:
+        require_inside(root / split, inside)
     folders = {}
-    for entry in _entries(root / split):
+    for entry in _entries(root / split, inside):
         if not entry.is_dir():
             raise DataError(f"{entry.path}: found a file, expected folders of classes only. Move it elsewhere.")
         folders[entry.name] = Path(entry.path)
@@ -175,23 +186,36 @@ def _common_classes(folders: dict[str, dict[str, Path]]) -> tuple[str, ...]:
     return tuple(every)
 
 
-def _image_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
+def _image_files(folder: Path, inside: Path | None) -> list[tuple[Path, os.stat_result]]:
     files = []
-    for entry in _entries(folder):
+    for entry in _entries(folder, inside):
         if entry.is_dir():
             raise DataError(f"{entry.path}: found a folder inside a class, expected images only.")
         try:
-            files.append((Path(entry.path), entry.stat()))
-        except OSError as error:  # a link to nothing
+            status = entry.stat()
+        except OSError as error:  # a broken link
             raise DataError(f"{entry.path}: cannot be read ({error.strerror}). Remove or repair it.") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{entry.path}: found a FIFO, socket or device, expected images only. Move it elsewhere.")
+        files.append((Path(entry.path), status))
     if not files:
         raise DataError(f"{folder}: found no images, expected at least 1. Fill or remove the class in every split.")
     return files
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+def _entries(folder: Path, inside: Path | None) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder, sorted and without hidden ones; links may only lead inside `inside`."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}). Is it yours to read?") from error
+    for entry in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in entry.name):
+            raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8, so it cannot be stored. Rename the file.")
+        if inside is not None and entry.is_symlink():
+            require_inside(Path(entry.path), inside)
+    return found
 
 
 def _several(root: Path, places: list[str], what: str) -> str:

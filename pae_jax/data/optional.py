@@ -1,4 +1,4 @@
-"""Packages that only some ways of loading data need, imported when they are used."""
+"""Optional packages, imported on use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from types import ModuleType
 from pae_jax.errors import DataError
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import a module, or say what to install.
+def require(module: str, purpose: str, extra: str = "data") -> ModuleType:
+    """Import a module, or raise an error that says what to install.
 
     Args:
       module: full name of the module.
       purpose: what needs it, as the beginning of a sentence.
+      extra: the optional dependencies of pae_jax that bring it.
 
     Returns:
       The module.
@@ -30,5 +31,5 @@ def require(module: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise DataError(
             f"{purpose} needs the package {error.name}, which is not installed. "
-            'Install what loading data needs with pip install "pae-jax[data]".'
+            f'Install what it takes with pip install "pae-jax[{extra}]".'
         ) from error

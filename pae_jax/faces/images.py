@@ -1,12 +1,11 @@
 """Face images from files to arrays: reading, size, and the two standardisations of FaceNet.
 
-Random crops and flips for training, and what decoding makes of an image, are in `pae_jax.data`. Reading needs Pillow:
-the `faces` or the `data` extra.
+Random crops and flips for training, and image decoding, are in `pae_jax.data`. Reading needs Pillow: the `faces` or the
+`data` extra.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,15 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from pae_jax.data import as_size, centre_crop, decode_rgb, require, resized
+from pae_jax.data import LARGEST_IMAGE, MAX_PIXELS, as_size, centre_crop, decode_rgb, read_file, resized
 from pae_jax.errors import DataError
 
-MAX_PIXELS = 80_000_000
-# What faces come in. Other formats that Pillow knows start programs (EPS) or are never photographs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
-
 Images = TypeVar("Images", bound=Any)
-T = TypeVar("T")
 
 
 def standardise_fixed(images: Images) -> Images:
@@ -71,36 +65,28 @@ def standardise_each(images: Images) -> Images:
 def read_image(source: str | Path | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     r"""Read an encoded image as RGB.
 
-    Grey values are repeated, an alpha channel is left off, of an animation the first picture is taken, and a camera's
-    note of how it was held is obeyed.
+    Grey values are repeated, an alpha channel is dropped, the first frame of an animation is taken, and EXIF
+    orientation is applied.
 
     Args:
       source: path of a file, or its bytes: JPEG, PNG, WebP, BMP, PPM or PGM, GIF, TIFF.
-      name: what to call the image in messages; default its path.
+      name: name of the image in messages; default its path.
       max_pixels: larger images are refused before they are decoded.
 
     Returns:
       uint8 (height, width, 3).
 
     Raises:
-      DataError: missing, empty, damaged, too large, of more than 8 bits per channel, or no image of these formats;
-        names it.
+      DataError: the image is missing, not a regular file, empty, larger than 256 MiB, damaged, has too many pixels or
+        more than 8 bits per channel, or is in none of these formats; names it.
 
     Example:
       >>> read_image(b"P5 2 1 255 \x00\xff").tolist()
       [[[0, 0, 0], [255, 255, 255]]]
     """
     if isinstance(source, bytes):
-        place, data = name or "image", source
-    else:
-        place = name or str(source)
-        try:
-            data = Path(source).read_bytes()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{place}: cannot be read ({error}).") from error
-    if data:
-        _check_header(data, place, max_pixels)
-    return decode_rgb(data, place)
+        return decode_rgb(source, name or "image", max_pixels=max_pixels)
+    return decode_rgb(read_file(source, "an image", LARGEST_IMAGE), name or str(source), max_pixels=max_pixels)
 
 
 def load_images(
@@ -111,13 +97,13 @@ def load_images(
     progress: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read image files as one array, several at a time.
+    """Read image files into one array, several in parallel.
 
     Args:
       paths: the files.
       size: height and width of the result.
-      crop: height and width of the middle part to take before scaling to `size`; 160 with size 160 is what PAE
-        evaluates of an aligned 182. None takes all of it.
+      crop: height and width of the middle part to take before scaling to `size`; PAE evaluates the middle 160 of an
+        aligned 182 with crop 160 and size 160. None takes the whole image.
       progress: show a progress bar.
       max_pixels: as in `read_image`.
 
@@ -137,18 +123,16 @@ def load_images(
       (2, 2, 2, 3)
     """
     check_sizes(size, crop)
-    images = np.empty((len(paths), size, size, 3), np.uint8)
 
-    def read(number: int) -> None:
+    def image(number: int) -> np.ndarray:
         path = paths[number]
-        images[number] = to_square(read_image(path, max_pixels=max_pixels), size, crop, str(path))
+        return to_square(read_image(path, max_pixels=max_pixels), size, crop, str(path))
 
-    for_all(read, len(paths), progress)
-    return images
+    return stacked(image, len(paths), size, progress)
 
 
 def to_square(image: np.ndarray, size: int, crop: int | None, place: str) -> np.ndarray:
-    """Cut the middle `crop` pixels out of an image and scale it to `size`; the sides keep their proportion."""
+    """Crop the middle `crop` pixels of an image and scale them to `size`, keeping the aspect ratio."""
     if crop is not None:
         if min(image.shape[:2]) < crop:
             raise DataError(f"{place}: found {image.shape[0]} x {image.shape[1]} pixels, too small to cut out {crop}.")
@@ -162,13 +146,20 @@ def check_sizes(size: int, crop: int | None = None) -> None:
         as_size((side, side))
 
 
-def for_all(act: Callable[[int], None], count: int, progress: bool) -> None:
-    """Do something for 0..count-1 in several threads; raise one `DataError` for all that fail with one."""
+def stacked(image: Callable[[int], np.ndarray], count: int, size: int, progress: bool) -> np.ndarray:
+    """Return images 0..count-1 as one array, made in several threads; raise one `DataError` for all that fail."""
+    try:
+        images = np.empty((count, size, size, 3), np.uint8)
+    except MemoryError as error:
+        raise DataError(
+            f"{count:,} images of {size} x {size} pixels take {3 * count * size**2 / 1e9:,.0f} GB, more than there is. "
+            "Take fewer or smaller ones, or stream them with pae.data.image_folder."
+        ) from error
     failures: dict[int, str] = {}
 
     def attempt(number: int) -> None:
         try:
-            act(number)
+            images[number] = image(number)
         except DataError as error:
             failures[number] = str(error)
 
@@ -179,21 +170,4 @@ def for_all(act: Callable[[int], None], count: int, progress: bool) -> None:
     if failures:
         first = "".join(f"\n  {failures[number]}" for number in sorted(failures)[:10])
         raise DataError(f"{len(failures):,} of {count:,} images cannot be used:{first}")
-
-
-def _check_header(data: bytes, place: str, max_pixels: int) -> None:
-    """Refuse an image by its first bytes, before memory is taken for it."""
-    require("PIL.Image", "Decoding images")
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{place}: {error} At most {max_pixels:,} pixels are decoded; make it smaller.") from error
-    except Exception as error:  # damaged files make the readers of Pillow raise nearly everything
-        raise DataError(f"{place}: cannot be decoded as an image; expected one of {', '.join(FORMATS)}.") from error
-    if width * height > max_pixels:
-        raise DataError(
-            f"{place}: found {width} x {height} pixels. At most {max_pixels:,} pixels are decoded; make it smaller."
-        )
+    return images

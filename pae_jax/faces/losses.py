@@ -1,6 +1,6 @@
 """Losses of face tasks, each usable as `loss=` of `fit` and `evaluate`; equal settings compare equal.
 
-The default loss, plain softmax cross-entropy, is `pae.fit`'s own.
+Plain softmax cross-entropy is the default loss of `pae.fit`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pae_jax.training import softmax_cross_entropy as softmax
 
 
 def class_weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """Weigh classes against their frequency: w_c = (T - n_c) / n_c, with T the sum of all n_c.
+    """Weight classes by inverse frequency: w_c = (T - n_c) / n_c, with T the sum of all n_c.
 
     Args:
       counts: training examples of each class, n_c, at least 1 each, 2 classes or more.
@@ -54,7 +54,7 @@ class WeightedSoftmax:
 
     Attributes:
       weights: one per class, each at least 0 and not all 0; `class_weights` makes some.
-      normalise: by what the sum over the batch is divided, "batch" its size, "weights" the sum of its weights.
+      normalise: divisor of the sum over the batch: "batch" its size, "weights" the sum of its weights.
 
     Raises:
       ArgumentError: weights or normalise out of range.
@@ -92,7 +92,7 @@ def prelogits_norm(features: jax.Array) -> jax.Array:
     """Return sum_i | |e_i| + 1e-4 | of each example's features e, (batch, n) to (batch,).
 
     Args:
-      features: what the head gets, before any normalisation.
+      features: input of the head, before any normalisation.
 
     Returns:
       float32 (batch,).
@@ -107,9 +107,9 @@ def prelogits_norm(features: jax.Array) -> jax.Array:
 
 
 class FeatureHead(nn.Dense):
-    """A linear head that shows a loss the features too: in training its output is [logits, features].
+    """A linear head that also passes the features to the loss: in training its output is [logits, features].
 
-    Only in training: `predict` and `evaluate` get the plain logits, so accuracy and the check of labels are those of
+    This holds only in training: `predict` and `evaluate` get the plain logits, so accuracy and label checks work as for
     any head. Its variables are those of the default head. Give it to `pack`: `head=FeatureHead(8631)`; loading a
     stage needs it again: `pae.load(net, path, heads={"face": FeatureHead(8631)})`.
 
@@ -133,8 +133,8 @@ class FeatureHead(nn.Dense):
 class PrelogitsNorm:
     """A loss of the logits plus weight · `prelogits_norm` of the features; needs `FeatureHead`.
 
-    `evaluate`, whose head gives logits alone, gets the loss without the norm. `fit` refuses a head that gives logits
-    alone in training too, which would train without the norm.
+    In `evaluate` the head returns only logits, and the loss is computed without the norm. `fit` refuses a head that
+    returns only logits in training, because it would train without the norm.
 
     Attributes:
       classes: outputs of the head.
@@ -169,7 +169,7 @@ class PrelogitsNorm:
         return losses + self.weight * prelogits_norm(features) if features.shape[-1] else losses
 
     def check_training(self, logits: Any) -> None:
-        """Raise `StructureError` where a head gives no features in training."""
+        """Raise `StructureError` if a head returns no features in training."""
         if logits.shape[-1] <= self.classes:
             hint = f"Pack the task with head=FeatureHead({self.classes})."
             raise StructureError("PrelogitsNorm", "", "a batch of logits alone", "logits and features", hint)
@@ -233,7 +233,7 @@ class AgeError:
         return jnp.asarray(self.ages, jnp.float32)[y.astype(jnp.int32)]
 
     def nearest_class(self, y: jax.Array) -> jax.Array:
-        """Return labels as numbers of the outputs; the lower of two ages equally near."""
+        """Return labels as output indices; of two equally near ages, the lower."""
         if not jnp.issubdtype(y.dtype, jnp.floating):
             return y.astype(jnp.int32)
         ages = jnp.asarray(self.ages, jnp.float32)

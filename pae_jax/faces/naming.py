@@ -1,4 +1,4 @@
-"""What the layers of InceptionResnetV1 are called here, in TensorFlow's FaceNet and in facenet-pytorch."""
+"""Layer names of InceptionResnetV1 in this library, in TensorFlow's FaceNet and in facenet-pytorch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Layer(NamedTuple):
     torch_norm: str | None
 
 
-# Per block: our unit, the TensorFlow scope, the facenet-pytorch module. A branch of a single unit carries no letter in
-# the one and no index in the other.
+# Per block: our unit, the TensorFlow scope, the facenet-pytorch module. A branch of a single unit has no letter in the
+# TensorFlow name and no index in the facenet-pytorch name.
 _STEM = (
     ("Conv2d_1a", "Conv2d_1a_3x3", "conv2d_1a"),
     ("Conv2d_2a", "Conv2d_2a_3x3", "conv2d_2a"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pae_jax.data import ImagePack, read_pack
 from pae_jax.errors import ArgumentError, DataError
-from pae_jax.faces.images import check_sizes, for_all, read_image, to_square
+from pae_jax.faces.images import check_sizes, read_image, stacked, to_square
 
 AGE_EDGES = (0, 3, 7, 14, 21, 33, 44, 54)
 AGE_GROUPS = ("0-2", "3-6", "7-13", "14-20", "21-32", "33-43", "44-53", "54+")
@@ -41,9 +42,9 @@ class FacePack:
     """Labelled faces in their splits.
 
     Attributes:
-      train: to learn from.
-      val: to choose by: epochs, sparsity, when to grow.
-      test: to report.
+      train: for training.
+      val: for choices: epochs, sparsity, when to expand.
+      test: for reported results.
     """
 
     train: FaceSplit
@@ -55,7 +56,7 @@ def age_group(years: ArrayLike) -> np.ndarray:
     """Return the numbers of eight age groups like Adience's: 0-2, 3-6, 7-13, 14-20, 21-32, 33-43, 44-53, 54 and over.
 
     Args:
-      years: ages, at least 0, of any shape; a fraction of a year counts as the years that are full.
+      years: ages, at least 0, of any shape; fractions of a year are rounded down.
 
     Returns:
       int32, 0..7, of the same shape; `AGE_GROUPS` has their names.
@@ -67,7 +68,7 @@ def age_group(years: ArrayLike) -> np.ndarray:
       >>> age_group([0, 2.9, 3, 53, 54, 110]).tolist()
       [0, 0, 1, 6, 7, 7]
 
-    Source: Eidinger et al. 2014 (Adience), whose groups have gaps; the edges here close them.
+    Source: Eidinger et al. 2014 (Adience), whose groups have gaps; the edges here close these gaps.
     """
     ages = np.asarray(years)
     if ages.dtype.kind not in "iuf" or not (ages >= 0).all():
@@ -85,17 +86,16 @@ def load_face_pack(
 ) -> FacePack:
     """Read a pack of labelled faces.
 
-    The file holds `bytes` uint8 and `offsets` int64 (n + 1,): image i is `bytes[offsets[i]:offsets[i + 1]]`, encoded as
-    JPEG, PNG or another format of `read_image`; and for each image an integer `age` in years, `gender` 0 male or
-    1 female, and `split` 0 train, 1 validation or 2 test.
+    The file is a pack, see `pae.data.read_pack`, with three integers for each image: `age` in years, `gender` 0 male
+    or 1 female, and `split` 0 train, 1 validation or 2 test.
 
     Args:
       path: the .npz file.
-      size: height and width of the images; 182 leaves room for random crops of 160. All of a pack of 10,000 at 182
-        take 1 GB of memory.
+      size: height and width of the images; 182 leaves room for random crops of 160. A whole pack of 10,000 images at
+        182 takes 1 GB of memory.
       crop: height and width of the middle part to take before scaling to `size`; None takes all.
-      limit: at most so many faces of each split, or of train, val and test; evenly spread over the file, so that
-        nothing is drawn and no class of a sorted file is lost. None takes all.
+      limit: largest number of faces of each split, or of train, val and test. They are evenly spread over the file, so
+        that the choice is not random and keeps all classes of a sorted file. None takes all.
       progress: show a progress bar.
 
     Returns:
@@ -119,16 +119,16 @@ def load_face_pack(
     """
     check_sizes(size, crop)
     limits = _limits(limit)
-    arrays = _read(Path(path))
+    pack = read_pack(path, _RANGES)
     parts = []
     for number, (split, most) in enumerate(zip(SPLITS, limits, strict=True)):
-        rows = np.flatnonzero(arrays["split"] == number)
+        rows = np.flatnonzero(pack.labels["split"] == number)
         if not len(rows):
             raise DataError(f"{path}: no face has split {number} ({split}); all three splits are needed.")
         if most is not None and most < len(rows):
             rows = rows[np.arange(most) * len(rows) // most]
-        images = _images(Path(path), arrays, rows, size, crop, progress)
-        parts.append(FaceSplit(images, arrays["age"][rows].astype(np.int32), arrays["gender"][rows].astype(np.int32)))
+        age, gender = (pack.labels[name][rows].astype(np.int32) for name in ("age", "gender"))
+        parts.append(FaceSplit(_images(pack, rows, size, crop, progress), age, gender))
     return FacePack(*parts)
 
 
@@ -142,61 +142,12 @@ def _limits(limit: int | tuple[int, int, int] | None) -> tuple[int | None, ...]:
     return tuple(limits)
 
 
-def _images(
-    path: Path, arrays: dict[str, np.ndarray], rows: np.ndarray, size: int, crop: int | None, progress: bool
-) -> np.ndarray:
-    images = np.empty((len(rows), size, size, 3), np.uint8)
-    encoded, offsets = arrays["bytes"], arrays["offsets"]
-
-    def read(number: int) -> None:
+def _images(pack: ImagePack, rows: np.ndarray, size: int, crop: int | None, progress: bool) -> np.ndarray:
+    def image(number: int) -> np.ndarray:
         row = int(rows[number])
-        place = f"{path}, image {row}"
-        data = encoded[offsets[row] : offsets[row + 1]].tobytes()
-        images[number] = to_square(read_image(data, name=place), size, crop, place)
+        return to_square(read_image(pack.encoded(row), name=pack.place(row)), size, crop, pack.place(row))
 
-    for_all(read, len(rows), progress)
-    return images
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # np.load leaves a file open that it opened itself and found damaged.
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            missing = [name for name in ("bytes", "offsets", *_RANGES) if name not in file]
-            if missing:
-                raise DataError(f"{path}: lacks {', '.join(missing)}; found {', '.join(file.files) or 'nothing'}.")
-            arrays = {name: file[name] for name in ("bytes", "offsets", *_RANGES)}
-    except DataError:
-        raise
-    except Exception as error:  # damaged archives raise OSError, ValueError, EOFError, BadZipFile, zlib.error, ...
-        raise DataError(f"{path}: cannot be read as an .npz file of arrays ({error}).") from error
-    _check(path, arrays)
-    return arrays
-
-
-def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    encoded, offsets = arrays["bytes"], arrays["offsets"]
-    if encoded.dtype != np.uint8 or encoded.ndim != 1:
-        raise DataError(f"{path}: bytes is {encoded.dtype}{list(encoded.shape)}, expected uint8 (total length,)")
-    whole = offsets.dtype.kind in "iu" and offsets.ndim == 1 and len(offsets) > 1
-    if not whole or offsets[0] != 0 or offsets[-1] != len(encoded) or (offsets[1:] < offsets[:-1]).any():
-        raise DataError(
-            f"{path}: offsets is {offsets.dtype}{list(offsets.shape)}, expected integers (images + 1,) that rise from "
-            f"0 to the length of bytes, {len(encoded):,}"
-        )
-    for name, (low, high, meaning) in _RANGES.items():
-        labels = arrays[name]
-        if labels.dtype.kind not in "iu" or labels.shape != (len(offsets) - 1,):
-            raise DataError(
-                f"{path}: {name} is {labels.dtype}{list(labels.shape)}, expected integers, one for each of "
-                f"{len(offsets) - 1:,} images"
-            )
-        wrong = np.flatnonzero((labels < low) | (labels > high))
-        if wrong.size:
-            raise DataError(
-                f"{path}: {name} is {labels[wrong[0]]} for image {wrong[0]}, expected {low}..{high} ({meaning}); "
-                f"{wrong.size:,} such labels"
-            )
+    return stacked(image, len(rows), size, progress)
 
 
 _RANGES = {

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pae_jax.checks import check_key
+from pae_jax.data import read_file
 from pae_jax.errors import ArgumentError, DataError
 
 LFW_PAIRS_PER_FOLD = 300
 EXTENSIONS = (".jpg", ".png")
+LARGEST = 64 << 20  # largest size of a pairs file in bytes; LFW's has 152,000
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +68,11 @@ def read_pairs(path: str | Path) -> Pairs:
     Source: G. B. Huang et al., "Labeled Faces in the Wild", 2007, view 2.
     """
     path = Path(path)
+    content = read_file(path, "a pairs file", LARGEST)
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a pairs file ({error}).") from error
+        lines = [line for line in content.decode().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read as a pairs file ({error}); expected UTF-8 text.") from error
     folds, size = _header(path, lines)
     body = lines[1:]
     if len(body) != folds * size * 2:
@@ -96,9 +99,9 @@ def read_pairs(path: str | Path) -> Pairs:
 def find_images(pairs: Pairs, folder: str | Path) -> tuple[Pairs, list[Path]]:
     """Find the images of a pairs file in class folders; leave out the pairs whose image is missing.
 
-    An image is `folder/Name/Name_0001.jpg`, or `.png` if there is no `.jpg`. A face that alignment did not find is
-    such a missing image: its pair is left out and listed in `skipped`. Folds stay as they are, so a missing pair
-    makes its own fold smaller and moves no other pair. A name without any folder is taken for a wrong name.
+    An image is `folder/Name/Name_0001.jpg`, or `.png` if there is no `.jpg`. If alignment found no face, the image is
+    missing; its pair is left out and listed in `skipped`. Folds are kept, so a missing pair makes its own fold smaller
+    and moves no other pair. A name without a folder is treated as an error. Links are followed.
 
     Args:
       pairs: from `read_pairs`.
@@ -165,18 +168,18 @@ def generate_pairs(
     per_fold: int | None = None,
     disjoint: bool = True,
 ) -> Pairs:
-    """Draw pairs from labelled faces as LFW has them: per fold as many of one person as of two.
+    """Draw pairs from labelled faces as in LFW: each fold has as many pairs of one person as of two.
 
-    No pair comes twice. With `disjoint` no person is in two folds, so a threshold chosen on nine folds is tested on
-    people it was not chosen on; people are dealt to the folds by their number of images, in random order.
+    No pair is repeated. With `disjoint` no person is in two folds, so a threshold chosen on nine folds is tested on
+    other people. People are assigned to the folds by their number of images, in random order.
 
     Args:
-      identities: (n,) whom image i shows; any labels.
+      identities: (n,) the person that image i shows; any labels.
       key: random key of the draw.
       folds: at least 2.
       per_fold: pairs of one person in each fold, and as many of two; None takes as many as the folds allow, at most
         300 as in LFW.
-      disjoint: whether folds have people of their own; False draws each fold from all people.
+      disjoint: whether folds share no people; False draws each fold from all people.
 
     Returns:
       Pairs whose rows are those of `identities`, sorted by fold.
@@ -219,7 +222,7 @@ def generate_pairs(
 
 
 class _Group:
-    """All pairs among some people, numbered: each image, person after person, with those after it.
+    """All pairs among some people, numbered: each image, person after person, paired with the images after it.
 
     Attributes:
       rows: the images, person after person.
@@ -246,7 +249,7 @@ class _Group:
 
 def _header(path: Path, lines: list[str]) -> tuple[int, int]:
     fields = lines[0].split() if lines else []
-    numbers = [int(field) for field in fields if field.isascii() and field.isdigit() and int(field) > 0]
+    numbers = [number for number in map(_number, fields) if number]
     if not 1 <= len(fields) <= 2 or len(numbers) != len(fields):
         found = repr(lines[0][:80]) if lines else "nothing"
         raise DataError(f"{path}: found {found} as the first line, expected the numbers of folds and pairs: 10<TAB>300")
@@ -258,7 +261,7 @@ def _images(line: str, one_person: bool) -> tuple[str, str] | None:
     if len(fields) != (3 if one_person else 4):
         return None
     name, i, other, j = (fields[0], fields[1], fields[0], fields[2]) if one_person else fields
-    numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in (i, j)]
+    numbers = [_number(n) for n in (i, j)]
     if min(numbers) < 1 or not (_is_name(name) and _is_name(other)):
         return None
     if numbers[0] == numbers[1] if one_person else name == other:
@@ -267,8 +270,13 @@ def _images(line: str, one_person: bool) -> tuple[str, str] | None:
     return first, second
 
 
+def _number(text: str) -> int:
+    """Return a positive number, 0 where there is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
 def _is_name(name: str) -> bool:
-    # A name becomes a part of a path and must not lead out of the folder.
+    # A name becomes part of a path and must not lead out of the folder.
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 

@@ -1,4 +1,4 @@
-"""What verification measured: rates, the curve, a table and a picture."""
+"""Results of verification: rates, the ROC curve, a table and a plot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pae_jax.data import require
+
 
 class Roc(NamedTuple):
     """A receiver operating characteristic; both rates rise from 0 to 1.
@@ -14,7 +16,7 @@ class Roc(NamedTuple):
     Attributes:
       far: false accept rate, the share of different-person pairs closer than the threshold.
       val: validation rate, the share of same-person pairs closer than it.
-      thresholds: where they change.
+      thresholds: distances at which the rates change.
     """
 
     far: np.ndarray
@@ -33,14 +35,14 @@ class Verification:
       thresholds: float64 (folds,), chosen for accuracy on the other folds.
       val: validation rate at `far_target`, mean over the folds: thresholds chosen on the other folds.
       val_std: its population standard deviation over the folds.
-      far: false accept rate that these thresholds gave, mean over the folds.
+      far: false accept rate at these thresholds, mean over the folds.
       far_target: highest false accept rate allowed when choosing them.
-      distances: float64 (pairs,), each with the mean of the other folds subtracted if so asked.
+      distances: float64 (pairs,), with the mean of the other folds subtracted if `subtract_mean`.
       same: bool (pairs,).
       folds: (pairs,), as given.
       distance: "cosine" or "euclidean".
-      subtract_mean: as asked.
-      skipped: what was left out before, one text per pair.
+      subtract_mean: as given.
+      skipped: pairs left out before, one text per pair.
     """
 
     accuracy: float
@@ -60,17 +62,19 @@ class Verification:
 
     @property
     def roc(self) -> Roc:
-        """The exact curve over all pairs, one point for each distinct distance."""
-        distinct = np.unique(self.distances)
-        thresholds = np.concatenate([distinct[:1], np.nextafter(distinct, np.inf)])
-        far, val = (accepted(self.distances[kind], thresholds) / kind.sum() for kind in (~self.same, self.same))
+        """The exact curve over all pairs, one point for each distinct distance; by scikit-learn."""
+        curve = require("sklearn.metrics", "The ROC curve", "faces").roc_curve
+        far, val, scores = curve(self.same, -self.distances, drop_intermediate=False)
+        # scikit-learn accepts a pair at its own score, this code only below the threshold; the first point accepts
+        # none.
+        thresholds = np.concatenate([[self.distances.min()], np.nextafter(-scores[1:], np.inf)])
         return Roc(far, val, thresholds)
 
     @property
     def auc(self) -> float:
         """Area under the exact curve: P(d_same < d_different) + P(d_same = d_different) / 2 (Mann and Whitney)."""
         far, val, _ = self.roc
-        return float(np.trapezoid(val, far))
+        return float(require("sklearn.metrics", "The area under the curve", "faces").auc(far, val))
 
     @property
     def eer(self) -> float:

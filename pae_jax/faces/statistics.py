@@ -1,4 +1,4 @@
-"""Means that a graph for inference has lost: measure them again without changing what the network computes."""
+"""Recover the batch norm means that an inference graph has lost, without changing the network's function."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from pae_jax.trees import PARAMS, Tree, merge
 def recover_means(
     net: Net, state: State, images: jax.Array | np.ndarray, *, task: str = TASK, batch_size: int = 32
 ) -> State:
-    """Give the batch norms of a graph for inference the means that training expects, and keep the function.
+    """Give the batch norms of an inference graph the means that training expects, and keep the function.
 
-    Folding a batch norm hides its mean in the offset: `b' = offset - mean / s`. Evaluation does not care, but training
-    subtracts the mean of the batch, so with the hidden one it would be subtracted twice, and the network would begin
-    anew. Here each channel's mean over images goes back from the offset into the running mean,
+    Folding a batch norm hides its mean in the offset: `b' = offset - mean / s`. This does not change evaluation. But
+    training subtracts the mean of the batch, so the mean would be subtracted twice and the pretrained function would be
+    lost. This function moves each channel's mean over images from the offset back into the running mean,
 
     `offset <- offset + (m - mean) / sqrt(var + 0.001)`, `mean <- m`,
 
-    which evaluates to the same up to rounding and trains on from where the network stands. It only makes sense on
-    images like those of the source's training, standardised in the same way.
+    which computes the same function in evaluation up to rounding, and lets training continue from it. Use images like
+    those of the source's training, standardised in the same way.
 
     Args:
       net: from `load_facenet`.
       state: the network.
-      images: (n, size, size, 3), float32, no labels needed; some hundred are enough. Full batches count: of 100 images
-        in batches of 32, the first 96.
+      images: (n, size, size, 3), float32, without labels; a few hundred are enough. Only full batches count: of 100
+        images in batches of 32, the first 96.
       task: name of the newest task, not frozen: `load_facenet(..., freeze=False)`.
       batch_size: images per batch.
 

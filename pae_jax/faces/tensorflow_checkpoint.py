@@ -1,10 +1,12 @@
-"""FaceNet as the TensorFlow checkpoint it was published as, read by TensorFlow."""
+"""FaceNet as a TensorFlow checkpoint, in its published form, read by TensorFlow."""
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
+from pae_jax.data import open_file
 from pae_jax.errors import DataError
 from pae_jax.faces import tensorflow_weights
 from pae_jax.faces.placing import Weights
@@ -30,17 +32,19 @@ def read(folder: Path, template: Tree) -> Weights:
             f"{folder}: reading a TensorFlow checkpoint needs the package tensorflow ({error}). Install it with "
             "pip install tensorflow-cpu, or use a frozen graph or a facenet-pytorch state dict instead."
         ) from error
+    for part in folder.glob(f"{glob.escape(prefix.name)}.*"):
+        open_file(part, "a part of a TensorFlow checkpoint").close()
     try:
         reader = tensorflow.train.load_checkpoint(str(prefix))
         names = [name for name in reader.get_variable_to_shape_map() if not name.startswith("_")]
         arrays = {name: reader.get_tensor(name) for name in names}
-    except Exception as error:  # a damaged file shows itself in many types
+    except Exception as error:  # a damaged file can raise many exception types
         raise DataError(f"{prefix}: cannot be read as a checkpoint of TensorFlow: {error}") from error
     return tensorflow_weights.place(prefix.name, arrays, template)
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return the common path of a checkpoint's files: NAME of NAME.index with the largest number at its end."""
+    """Return the path prefix of the last checkpoint: NAME of the NAME.index that ends in the largest number."""
     found = [path.with_suffix("") for path in folder.glob("*.index")]
     if not found:
         raise DataError(f"{folder}: found no checkpoint; expected NAME.index and NAME.data-00000-of-00001.")

@@ -1,4 +1,4 @@
-"""Weights under TensorFlow's names, from a frozen graph or from a checkpoint, in the places of our variables."""
+"""Map weights with TensorFlow names, from a frozen graph or a checkpoint, to our variables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pae_jax.faces.naming import LAYERS, SCOPE
-from pae_jax.faces.placing import STATS, Entry, Weights, fold_scales, gather, nest
+from pae_jax.faces.placing import STATS, Entry, Weights, classifier, fold_scales, gather, nest
 from pae_jax.trees import PARAMS, Tree
 
 EPSILON = np.float32(1e-3)
@@ -18,9 +18,9 @@ UNIT_VARIANCE = np.float32(1) - EPSILON
 
 
 def place(source: str, arrays: Mapping[str, np.ndarray], template: Tree) -> Weights:
-    """Place arrays under TensorFlow's names.
+    """Map arrays with TensorFlow names to our variables.
 
-    A unit is either as it was trained (kernel; offset, mean and variance of its batch norm) or folded for inference:
+    A unit is either in its training form (kernel; offset, mean and variance of its batch norm) or folded for inference:
     `w' = w / s`, `b' = offset - mean / s`. A folded one gets mean 0, a variance that divides by 1, and the offset b',
     which computes the same bits as the folded layer.
 
@@ -31,7 +31,7 @@ def place(source: str, arrays: Mapping[str, np.ndarray], template: Tree) -> Weig
 
     Raises:
       StructureError: the arrays of another network.
-      DataError: an array holds numbers that no network could have.
+      DataError: an array contains invalid numbers.
     """
     entries, folded = [], []
     for layer in LAYERS:
@@ -52,7 +52,7 @@ def place(source: str, arrays: Mapping[str, np.ndarray], template: Tree) -> Weig
     known = {entry.name for entry in entries}
 
     def ignored(name: str) -> bool:
-        # A training checkpoint also holds counters, and slots of optimizers and averages under the weights' names.
+        # A training checkpoint also contains counters, and optimizer slots and averages under the weights' names.
         return not name.startswith(f"{SCOPE}/") or any(name.startswith(f"{weight}/") for weight in known)
 
     leaves = fold_scales(gather(source, arrays, entries, template, ignored))
@@ -60,13 +60,9 @@ def place(source: str, arrays: Mapping[str, np.ndarray], template: Tree) -> Weig
         channels = leaves[f"{PARAMS}/{norm}/bias"].shape
         leaves[f"{STATS}/{norm}/mean"] = np.zeros(channels, np.float32)
         leaves[f"{STATS}/{norm}/var"] = np.full(channels, UNIT_VARIANCE, np.float32)
-    return Weights(nest(leaves), _classifier(arrays))
-
-
-def _classifier(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-    kernel, bias = arrays.get("Logits/weights"), arrays.get("Logits/biases")
-    return None if kernel is None or bias is None else (kernel, bias)
+    features = leaves[f"{PARAMS}/Bottleneck/kernel"].shape[-1]
+    return Weights(nest(leaves), classifier(source, arrays, "Logits/weights", "Logits/biases", (0, 1), features))
 
 
 _FOLDED = "Conv2D_bn_offset"
-_SCALES = ("gamma", "Const")  # trained, or the constant that a fused batch norm without a scale is given
+_SCALES = ("gamma", "Const")  # trained, or the constant scale of a fused batch norm without one

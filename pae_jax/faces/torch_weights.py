@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-
+from pae_jax.data import open_file
 from pae_jax.errors import DataError, StructureError
 from pae_jax.faces.naming import LAYERS
-from pae_jax.faces.placing import STATS, Entry, Weights, fold_scales, gather, nest
+from pae_jax.faces.placing import STATS, Entry, Weights, classifier, fold_scales, gather, nest
 from pae_jax.trees import PARAMS, Tree
 
 
@@ -32,15 +33,29 @@ def read(path: Path, template: Tree) -> Weights:
             f"{path}: reading a PyTorch file needs the package torch ({error}). Install it with pip install torch, or "
             "give the state dict itself: a mapping of names to arrays."
         ) from error
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign or damaged file shows itself in many types
-        raise DataError(f"{path}: cannot be read as a state dict of PyTorch: {error}") from error
+    with open_file(path, "a state dict of PyTorch") as file:
+        try:
+            _require_stored(path, file)
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        except DataError:
+            raise
+        except Exception as error:  # a foreign or damaged file can raise many exception types
+            raise DataError(f"{path}: cannot be read as a state dict of PyTorch: {error}") from error
     return place(path.name, weights, template)
 
 
+def _require_stored(path: Path, file: BinaryIO) -> None:
+    """Refuse an archive that unpacks to more than its own size; `torch.save` does not compress."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > file.seek(0, io.SEEK_END):
+            raise DataError(f"{path}: found an archive that unpacks to {unpacked:,} bytes, expected one of torch.save.")
+    file.seek(0)
+
+
 def place(source: str, weights: Any, template: Tree) -> Weights:
-    """Place the arrays of a state dict; the scales of its batch norms go into the kernels.
+    """Map the arrays of a state dict to our variables; fold the scales of its batch norms into the kernels.
 
     Args:
       source: what to call the source in messages.
@@ -49,11 +64,10 @@ def place(source: str, weights: Any, template: Tree) -> Weights:
 
     Raises:
       StructureError: no mapping of names to arrays, or the arrays of another network.
-      DataError: an array holds numbers that no network could have.
+      DataError: an array contains invalid numbers.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise StructureError(source, "", type(weights).__name__, "a state dict: a mapping of names to arrays")
-    arrays = {name: _host(array) for name, array in weights.items()}
     entries = []
     for layer in LAYERS:
         # Torch has (out, in, height, width) and (out, in).
@@ -70,18 +84,6 @@ def place(source: str, weights: Any, template: Tree) -> Weights:
     def ignored(name: str) -> bool:
         return name.startswith("logits.") or name.endswith(".num_batches_tracked")
 
-    leaves = fold_scales(gather(source, arrays, entries, template, ignored))
-    return Weights(nest(leaves), _classifier(arrays))
-
-
-def _classifier(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-    kernel, bias = arrays.get("logits.weight"), arrays.get("logits.bias")
-    return None if kernel is None or bias is None else (kernel.T, bias)
-
-
-def _host(array: Any) -> np.ndarray:
-    """Return an array, or a tensor of PyTorch on any device, as a NumPy array."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
-    return np.asarray(array)
+    leaves = fold_scales(gather(source, weights, entries, template, ignored))
+    features = leaves[f"{PARAMS}/Bottleneck/kernel"].shape[-1]
+    return Weights(nest(leaves), classifier(source, weights, "logits.weight", "logits.bias", (1, 0), features))

@@ -1,4 +1,4 @@
-"""Do two images show one person? Distances of embeddings, and the ten-fold protocol of LFW."""
+"""Face verification, whether two images show one person: distances of embeddings, and the ten-fold protocol of LFW."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def verify_pairs(
 
     Two images show one person if their distance is below the threshold. The threshold of a fold is the one with the
     highest accuracy on the other folds, the smallest such on ties; for VAL it is the largest whose false accept rate
-    there is at most `far_target`, exactly. Nothing that is measured on a fold has seen the fold.
+    there is at most `far_target`, exactly. So nothing measured on a fold was chosen on that fold.
 
     Args:
       embeddings_a: (pairs, features), first image of each pair; usually from `flip_concat`.
@@ -39,18 +39,18 @@ def verify_pairs(
       folds: (pairs,), any labels; each fold must have pairs of one person and of two.
       distance: "cosine" is arccos(a·b / |a||b|) / pi, in [0, 1], 0.5 if a vector is zero; "euclidean" is the squared
         distance sum (a - b)^2.
-      subtract_mean: subtract the mean embedding of the other folds from all embeddings before.
+      subtract_mean: first subtract the mean embedding of the other folds from all embeddings.
       thresholds: "published" tries 0, 0.01, ..., 3.99 as the published numbers do; "exact" tries every threshold that
-        makes a difference, halfway between neighbouring distances; or rising values.
+        changes a decision, halfway between neighbouring distances; or increasing values.
       far_target: in [0, 1].
-      skipped: pairs that were left out before, to be reported; `Pairs.skipped`.
+      skipped: pairs that were left out before, for the report; see `Pairs.skipped`.
 
     Returns:
-      The result; `str` of it is a table. AUC, EER and the curve are those of all pairs at their own distances. FaceNet
-      averages the curves of the folds on a grid of thresholds instead, which tends to the same for equal folds.
+      The result; `str` of it is a table. AUC, EER and the curve are computed over all pairs at their own distances.
+      FaceNet averages the curves of the folds on a grid of thresholds instead; for equal folds the results are close.
 
     Raises:
-      DataError: shapes that do not fit, NaN or infinity, fewer than 2 folds, a fold without one kind of pairs, or
+      DataError: incompatible shapes, NaN or infinity, fewer than 2 folds, a fold without pairs of one of the kinds, or
         thresholds that end below the best one.
       ArgumentError: another distance, thresholds or target.
 
@@ -105,17 +105,17 @@ def verify_pairs(
 
 
 def flip_concat(embed: Callable[[Any], ArrayLike], images: Any) -> np.ndarray:
-    """Embed images and their mirror images; each embedding gets length 1, then both are put side by side.
+    """Embed images and their mirror images; scale each embedding to length 1 and concatenate both.
 
     Args:
-      embed: `images -> (n, features)`, at any length; for instance `lambda x: pae.features(net, state, "face", x)`.
+      embed: `images -> (n, features)`, of any norm; for instance `lambda x: pae.features(net, state, "face", x)`.
       images: (n, height, width, channels) as `embed` takes them; the mirror exchanges left and right.
 
     Returns:
       float32 (n, 2 · features), of length sqrt(2).
 
     Raises:
-      DataError: images are not four-dimensional, or not one row of features comes back for each.
+      DataError: images are not four-dimensional, or `embed` does not return one row of features for each.
 
     Example:
       >>> flip_concat(lambda x: x.reshape(1, -1), np.ones((1, 1, 4, 1))).tolist()
@@ -138,7 +138,7 @@ def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     products = np.einsum("ij,ij->i", a, b)
     lengths = np.sqrt(np.einsum("ij,ij->i", a, a)) * np.sqrt(np.einsum("ij,ij->i", b, b))
     cosines = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
-    # Rounding takes the cosine of a vector with itself past 1, where arccos is NaN.
+    # Rounding can make the cosine of a vector with itself exceed 1, where arccos is NaN.
     return np.arccos(np.clip(cosines, -1.0, 1.0)) / np.pi
 
 
@@ -147,7 +147,7 @@ def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _best(same: np.ndarray, different: np.ndarray, grid: np.ndarray | None) -> float:
-    """Return the first threshold of highest accuracy; a grid of None stands for all that make a difference."""
+    """Return the first threshold of highest accuracy; a grid of None means all thresholds that change a decision."""
     distinct = np.unique(np.concatenate([same, different]))
 
     def right(thresholds: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ def _largest(different: np.ndarray, target: float) -> float:
     """Return the largest threshold that accepts at most a share `target` of these distances."""
     count = len(different)
     allowed = int((np.arange(count + 1) / count <= target).sum()) - 1
-    # A threshold at the distance of this rank still accepts no more than those below it.
+    # A threshold equal to the distance of this rank accepts only the distances below it.
     return float(np.sort(different)[allowed]) if allowed < count else np.inf
 
 

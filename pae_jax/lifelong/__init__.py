@@ -1,4 +1,4 @@
-"""The lifelong driver: tasks, recipes and the loop that learns one after the other."""
+"""The lifelong driver: tasks, recipes and the loop that learns one task after the other."""
 
 from pae_jax.lifelong.learning import Stream as Stream
 from pae_jax.lifelong.learning import baseline as baseline

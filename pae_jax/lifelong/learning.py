@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
 from pae_jax.checks import check_key
-from pae_jax.core import State, init
+from pae_jax.core import State, find, from_variables, init, names, task_variables
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.one_task import Learner
@@ -18,11 +19,15 @@ from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_call, check_stream, recipe_for
 from pae_jax.lifelong.recipes import Recipe
-from pae_jax.lifelong.run_folder import Run, matrix_of, settings_of
+from pae_jax.lifelong.run_folder import Run, folder_name, matrix_of
 from pae_jax.lifelong.session import Session
+from pae_jax.lifelong.settings import settings_of
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net
+from pae_jax.progress import progress_bar
 from pae_jax.training import EVAL_BATCH, Devices, devices_of
+
+_STARTS = 5  # own networks that a goal of finetuning averages over; CPG's scripts take 5
 
 
 def learn(
@@ -90,16 +95,48 @@ def _learn(session: Session, state: State, task: Task, goal: float | None, upcom
     net, recipe = session.net, session.recipe
     checked = check_call(net, state, task, recipe, goal, upcoming, session.devices)
     wanted = recipe.goal if goal is None else goal
-    if wanted == "baseline":
+    if isinstance(wanted, str):
         # A task that cannot start needs no goal, which would cost a training of its own.
         stuck = starting_width(net, state, recipe) is None
-        wanted = None if stuck else _alone(session, task, None).value()
+        wanted = None if stuck else _own_goal(session, state, task, wanted)
     value = None if wanted is None else float(wanted)
-    folder = None
-    if session.run is not None:
-        settings = settings_of(state, task, recipe, session.key, value, upcoming)
-        folder = session.run.task_folder(f"{len(state.tasks) + 1:02d}-{task.name}", settings)
-    return Learner(session, checked, state, value, upcoming, folder, task.name).learn()
+    name = folder_name(f"{len(state.tasks) + 1:02d}-", task.name)
+    with _learner(session, checked, state, value, upcoming, name, task.name) as learner:
+        return learner.learn()
+
+
+def _own_goal(session: Session, state: State, task: Task, kind: str) -> float:
+    """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
+    if kind == "baseline" or not state.tasks:
+        return _alone(session, task, None).value()
+    earlier = names(state)
+    order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
+    values = []
+    for name in (earlier[number] for number in order[:_STARTS]):
+        start = from_variables(
+            session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
+        )
+        values.append(_alone(session, task, start, name).value())
+    return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)
+
+
+@contextlib.contextmanager
+def _learner(
+    session: Session,
+    checked: CheckedTask,
+    state: State,
+    goal: float | None,
+    upcoming: int | None,
+    name: str,
+    title: str,
+) -> Iterator[Learner]:
+    """Yield what learns a task, with its folder held if there is a run."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if session.run is not None:
+            settings = settings_of(session, checked, state, goal, upcoming, title)
+            folder = stack.enter_context(session.run.task_folder(name, settings))
+        yield Learner(session, checked, state, goal, upcoming, folder, title)
 
 
 def baseline(
@@ -166,34 +203,53 @@ def own_network(
 class _OwnNetwork:
     """A task's own network, trained or about to be."""
 
-    learner: Learner
+    session: Session
+    checked: CheckedTask
+    start: State
+    earlier: str
 
     def outcome(self) -> Outcome:
         """Train it; raise where that fails."""
-        found = self.learner.learn()
+        with self._learner() as learner:
+            return self._trained(learner)
+
+    def value(self) -> float:
+        """Return its metric, from disk if it is there."""
+        with self._learner() as learner:
+            known = learner.finished_value()
+            return self._trained(learner).value if known is None else known
+
+    def _learner(self) -> contextlib.AbstractContextManager[Learner]:
+        task = self.checked.task.name
+        name, title = folder_name("baseline-", task), f"{task} (own network)"
+        if self.earlier:
+            name = folder_name(f"finetune-{zlib.crc32(self.earlier.encode(errors='surrogatepass')):08x}-", task)
+            title = f"{task} (own network from {self.earlier})"
+        return _learner(self.session, self.checked, self.start, None, None, name, title)
+
+    def _trained(self, learner: Learner) -> Outcome:
+        found = learner.learn()
         if not found.status.added:
             raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
         return found
 
-    def value(self) -> float:
-        """Return its metric, from disk if it is there."""
-        known = self.learner.finished_value()
-        return self.outcome().value if known is None else known
 
-
-def _alone(session: Session, task: Task, start: State | None) -> _OwnNetwork:
+def _alone(session: Session, task: Task, start: State | None, earlier: str = "") -> _OwnNetwork:
     recipe = session.recipe
+    train = recipe.finetune if earlier and recipe.finetune is not None else recipe.train
     # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
     whole = start is None or "shared" not in recipe.train.parts
     parts = WEIGHTS if whole else recipe.train.parts
     alone = replace(
         recipe,
         name=f"own network of {recipe.name}",
-        train=replace(recipe.train, pick_rate=None, parts=parts),
+        train=replace(train, pick_rate=None, lone_pick_rate=None, parts=parts),
         sharing="all",
         picking=None,
         ladder=None,
         retrain=None,
+        finetune=None,
+        budget=None,
         goal=None,
         expansion=None,
         first=None,
@@ -204,11 +260,7 @@ def _alone(session: Session, task: Task, start: State | None) -> _OwnNetwork:
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
     checked = check_call(session.net, start, task, alone, None, None, session.devices)
-    title, folder = f"{task.name} (own network)", None
-    if session.run is not None:
-        settings = settings_of(start, task, alone, session.key, None, None, title)
-        folder = session.run.task_folder(f"baseline-{task.name}", settings)
-    return _OwnNetwork(Learner(session, checked, start, None, None, folder, title))
+    return _OwnNetwork(session, checked, start, earlier)
 
 
 @dataclass(frozen=True)
@@ -272,7 +324,7 @@ def learn_all(
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
-    for number, task in enumerate(tqdm(tasks, desc=recipe.name, unit="task", disable=not progress)):
+    for number, task in enumerate(progress_bar(tasks, title=recipe.name, unit="task", shown=progress)):
         session = Session(net, recipe_for(state, recipe), check_key(key), run, where, progress)
         goal = None if goals is None else goals.get(task.name)
         outcome = _learn(session, state, task, goal, len(tasks) - number - 1)

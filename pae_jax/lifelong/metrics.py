@@ -14,15 +14,15 @@ from pae_jax.errors import ArgumentError, UnknownTaskError
 class AccuracyMatrix:
     """R[i, j]: accuracy on task j measured after task i was learned.
 
-    What was not measured is NaN. Nothing given to the matrix is modified, and metrics that a matrix does not define
-    are NaN, never 0.
+    Entries that were not measured are NaN. The arguments are never modified, and metrics that the matrix does not
+    define are NaN, never 0.
 
     Args:
       tasks: names in order of learning.
       values: (T, T) accuracies in [0, 1] to start from; None starts empty.
 
     Raises:
-      ArgumentError: a name twice, another shape, or a value outside [0, 1].
+      ArgumentError: a repeated name, another shape, or a value outside [0, 1].
 
     Example:
       >>> import pae_jax as pae
@@ -68,7 +68,7 @@ class AccuracyMatrix:
         return _mean((self._values[-1] - np.diag(self._values))[:-1])
 
     def forgetting(self) -> float:
-        """`mean_{j<T-1} (max_{l<T-1} R[l, j] - R[T-1, j])`, negative where a task got better (Chaudhry et al., 2018).
+        """`mean_{j<T-1} (max_{l<T-1} R[l, j] - R[T-1, j])`, negative if tasks got better (Chaudhry et al., 2018).
 
         The maximum is over the rows before the last in which task j was measured; NaN for one task.
         """
@@ -78,8 +78,8 @@ class AccuracyMatrix:
     def forward_transfer(self, random_init: Mapping[str, float] | None = None) -> float:
         """FWT, `mean_{j>=1} (R[j-1, j] - b_j)` (Lopez-Paz and Ranzato, 2017).
 
-        A task with a head of its own cannot be measured before it is packed, so for isolated heads R[j-1, j] is NaN
-        and so is FWT. `random_init` holds b_j, the accuracies at random initialisation, by task.
+        A task with its own head cannot be measured before it is packed, so with a head per task R[j-1, j] is NaN and so
+        is FWT. `random_init` holds b_j, the accuracies at random initialisation, by task.
         """
         if random_init is None:
             return math.nan

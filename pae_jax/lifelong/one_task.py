@@ -1,4 +1,4 @@
-"""How one task is learned, as a replay of stages: what is on disk is not computed again."""
+"""Learning one task as a replay of stages: stages on disk are read, not computed again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pae_jax.core import CubicSchedule, State, expand, find, freeze, integrity, newest, ownership, pack, pruning
 from pae_jax.errors import DivergedError
@@ -15,24 +16,27 @@ from pae_jax.lifelong import policy
 from pae_jax.lifelong.optimizers import WithPicks, at_phase_rate
 from pae_jax.lifelong.policy import Goal, Outcome, Stage, StageRecord, Status
 from pae_jax.lifelong.recipes import Ladder, Phase, Recipe
-from pae_jax.lifelong.run_folder import FROZEN, TaskFolder
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask
+from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.reports import sizes
 from pae_jax.training import Best, History, Training, trained
 
+DEAD_SHARE = 0.25
+"""Share of a task's weights without any change in training above which a run logs `dead weights`."""
+
 
 class Learner:
-    """One call of `learn`, written as a replay: a stage that is on disk is not computed again.
+    """One call of `learn`, as a replay: a stage on disk is read, not computed again.
 
     Args:
-      session: what it shares with other tasks.
+      session: settings shared with other tasks.
       checked: the task.
-      start: the network before it.
-      goal: what to reach.
-      upcoming: tasks still to come; None if unknown.
-      folder: where its stages are; None works in memory alone.
-      title: its name in tables.
+      start: the network before the task.
+      goal: the goal of the task.
+      upcoming: number of later tasks; None if unknown.
+      folder: folder of its stages; None keeps them only in memory.
+      title: name of the task in tables.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Learner:
         self.heads = {name: e.head_spec for name, e in start.tasks.items() if not isinstance(e.head_spec, int)}
         if not isinstance(self.task.head, int):
             self.heads[self.task.name] = self.task.head
-        # Data of unknown length has nothing in its recipe that counts steps.
+        # If the data has no known length, nothing in the recipe depends on the number of steps.
         self.steps = (checked.train and checked.train.steps) or 1
 
     def learn(self) -> Outcome:
@@ -61,21 +65,24 @@ class Learner:
             return self._finished(self.folder)
         width = policy.starting_width(self.net, self.start, self.recipe)
         if width is None:
-            self._log("no capacity", {})
+            self._log("no capacity", {}, once=True)
             return self._not_added(Status.NO_CAPACITY)
         attempt = 0
         while True:
             trained = self._stage(f"{attempt}-trained", lambda label, width=width: self._train(label, width))
             if trained.record.diverged:
                 return self._not_added(Status.DIVERGED)
-            following = policy.next_width(self.net, width, self.recipe.expansion)
-            if self.goal.met_by(trained.record) or following is None:
+            growth = self.recipe.expansion
+            following = policy.next_width(self.net, width, growth)
+            floor = None if growth is None else growth.floor
+            fits = self.goal.met_by(trained.record) and self._above(floor, trained.record)
+            if fits or following is None:
                 return self._freeze(self._retrain(self._climb(trained, attempt), attempt))
             trained.let_go()
             width, attempt = following, attempt + 1
 
     def finished_value(self) -> float | None:
-        """Return the metric of what was kept if the task is frozen on disk, without reading the network."""
+        """Return the metric of the kept stage if the task is frozen on disk, without reading the network."""
         if self.folder is None or not self.folder.finished:
             return None
         return self._kept(self.folder, self.folder.metadata(FROZEN)).value
@@ -94,14 +101,21 @@ class Learner:
             head=task.head,
             key=pack_key,
             local_init=_local_init(state, recipe),
-            reclaim_init=recipe.reclaim_init,
+            weight_init=recipe.weight_init,
+            budget=recipe.budget,
             allow_empty=recipe.allow_empty,
             **picks,
         )
         phases = [(recipe.train, fit_key)]
         if recipe.head_first is not None:
             phases.insert(0, (recipe.head_first, head_key))
-        return self._measured(label, state, phases, None)
+        floored = recipe.expansion is not None and recipe.expansion.floor is not None
+        trained, record = self._measured(label, state, phases, None, train_value=floored)
+        if trained is not None and "shared" in recipe.train.parts:
+            record = replace(record, dead=unmoved(state, trained, task.name))
+            if record.dead is not None and record.dead > DEAD_SHARE:
+                self._log("dead weights", {"stage": label, "dead": record.dead}, once=True)
+        return trained, record
 
     def _climb(self, trained: Stage, attempt: int) -> Stage:
         ladder = self.recipe.ladder
@@ -109,34 +123,39 @@ class Learner:
             return trained
         met, width = self.goal.met_by(trained.record), trained.record.width
         stuck = policy.next_width(self.net, width, self.recipe.expansion) is None
-        room_needed = bool(self.upcoming) and stuck and not self.recipe.allow_empty
-        stages, before, chosen = [trained], 0.0, trained
-        for rung in policy.rungs(ladder, met, self.upcoming):
-            below, last = stages[-1], before
+        crowded = stuck or not self.start.tasks
+        room_needed = bool(self.upcoming) and crowded and not self.recipe.allow_empty
+        steps = policy.rungs(ladder, met, self.upcoming)
+        pruned: dict[float, Stage] = {}  # by fraction, smallest first
+        chosen, rung = trained, policy.next_rung(ladder, steps, (), (), met)
+        while rung is not None:
+            below, last = _below(pruned, trained, rung)
             stage = self._stage(
                 f"{attempt}-pruned-{rung:.3f}",
                 lambda label, below=below, last=last, rung=rung: self._rung(label, below, ladder, last, rung),
             )
-            if stage.record.diverged or not self._above_floor(ladder, stage.record):
+            if stage.record.diverged or not self._above(ladder.floor, stage.record):
                 break
-            stages.append(stage)
-            before = rung
-            records = [one.record for one in stages]
-            number = policy.choose(records, ladder, self.goal, met, room_needed)
-            # What is chosen among all rungs is what is chosen now or comes later, so the others may be let go.
-            for one in stages[:-1]:
-                if one is not stages[number]:
+            pruned = dict(sorted({**pruned, rung: stage}.items()))
+            stages = [trained, *pruned.values()]
+            chosen = stages[policy.choose([one.record for one in stages], ladder, self.goal, met, room_needed)]
+            if met and policy.ends(ladder, [one.record for one in pruned.values()], self.goal):
+                break
+            reached = [fraction for fraction, one in pruned.items() if self.goal.met_by(one.record)]
+            rung = policy.next_rung(ladder, steps, list(pruned), reached, met)
+            # The final choice is the present choice or a later rung, so the networks of the others can be freed.
+            below = None if rung is None else _below(pruned, trained, rung)[0]
+            for one in stages:
+                if one is not chosen and one is not below:
                     one.let_go()
-            chosen = stages[number]
-            if met and policy.ends(ladder, records[1:], self.goal):
-                break
         return chosen
 
-    def _above_floor(self, ladder: Ladder, record: StageRecord) -> bool:
-        if ladder.floor is None:
+    def _above(self, floor: float | None, record: StageRecord) -> bool:
+        """Return whether the metric on the training data is better than a floor."""
+        if floor is None:
             return True
         found = math.nan if record.train_value is None else record.train_value
-        return self.goal.metric.score(found) > self.goal.metric.score(ladder.floor)
+        return self.goal.metric.score(found) > self.goal.metric.score(floor)
 
     def _rung(
         self, label: str, below: Stage, ladder: Ladder, before: float, rung: float
@@ -152,7 +171,7 @@ class Learner:
 
     def _retrain(self, chosen: Stage, attempt: int) -> Stage:
         phase = self.recipe.retrain
-        if phase is None or not self.start.tasks:
+        if phase is None or not self.start.tasks or not chosen.record.weights:
             return chosen
 
         def make(label: str) -> tuple[State | None, StageRecord]:
@@ -176,8 +195,7 @@ class Learner:
         if self.folder is not None:
             known = None if test is None or math.isnan(test) else test
             more = {"status": status.name, "test": known, "goal": self.goal.value}
-            self.folder.write_records(self.records)
-            self.folder.put(FROZEN, replace(chosen.record, stage=FROZEN, history=()), state, more)
+            self.folder.freeze(self.records, replace(chosen.record, stage=FROZEN, history=()), state, more)
             return self._finished(self.folder, state)
         return self._outcome(status, state, chosen.record, test)
 
@@ -190,17 +208,17 @@ class Learner:
             assert stage is not None
             state = stage.network()
             integrity.verify(state)
-        else:
-            self._log(facts["status"].lower().replace("_", " "), {"value": record.value, "test": facts["test"]})
         return self._outcome(Status[facts["status"]], state, record, facts["test"])
 
     def _kept(self, folder: TaskFolder, facts: dict[str, Any]) -> StageRecord:
-        """Do what a process that was killed after freezing left undone; return the record of the frozen stage."""
+        """Finish the work of a process that was killed after freezing; return the record of the frozen stage."""
         record = StageRecord.from_json(facts["record"])
-        self.records = folder.read_records()
-        for one in (*self.records, record):
-            folder.run.enter(one)
-        folder.tidy()
+        self.records = folder.records()[:-1]
+        ended = facts["status"].lower().replace("_", " ")
+        self._log(ended, {"value": record.value, "test": facts["test"]}, once=True)
+        if self.run is not None:
+            self.run.write_table()
+            folder.tidy(self.run.keep)
         return record
 
     def _outcome(self, status: Status, state: State, record: StageRecord, test: float | None) -> Outcome:
@@ -230,20 +248,20 @@ class Learner:
         )
 
     def _stage(self, label: str, make: Callable[[str], tuple[State | None, StageRecord]]) -> Stage:
-        """Return a stage from disk, or make it and write it."""
+        """Return a stage from disk, or compute and write it."""
         stage = self.folder.find(self.net, label, self.heads) if self.folder is not None else None
         if stage is None:
             self._log("started", {"stage": label})
             state, record = make(label)
             if self.folder is not None and self.run is not None:
-                self.run.scalars(record)  # before the stage is there: a process killed between would not come back
+                self.run.scalars(record)  # before the stage, or a process killed in between would lose them
                 self.folder.put(label, record, state, {})
-            facts = {"value": record.value, "pruned": record.pruned, "epochs": record.epochs, "width": record.width}
-            self._log("diverged" if record.diverged else "finished", {"stage": label, **facts})
             stage = Stage(record, None if state is None else lambda: state)
-        self.records.append(stage.record)
+        self.records.append(found := stage.record)
+        facts = {"value": found.value, "pruned": found.pruned, "epochs": found.epochs, "width": found.width}
+        self._log("diverged" if found.diverged else "finished", {"stage": label, **facts}, once=True)
         if self.run is not None:
-            self.run.enter(stage.record)
+            self.run.write_table()
         return stage
 
     def _measured(
@@ -255,7 +273,7 @@ class Learner:
         schedule: CubicSchedule | None = None,
         train_value: bool = False,
     ) -> tuple[State | None, StageRecord]:
-        """Train phases, each with its key; return the network and its record, or no network if training diverged."""
+        """Train phases, each with its own key; return the network, None if training diverged, and its record."""
         earlier = kept = before.epochs if before is not None else 0
         rows: list[dict[str, float]] = []
         record = StageRecord(
@@ -301,7 +319,10 @@ class Learner:
             score = lambda now: task.metric.score(checked.measured(now, "val"))  # noqa: E731
             keep = Best(score if task.metric.measure is not None else None, phase.plateau)
         rate = phase.rate.schedule(phase.epochs, self.steps)
-        pick_rate = phase.pick_rate.schedule(phase.epochs, self.steps) if picked and phase.pick_rate else rate
+        picks = phase.pick_rate if picked else None
+        if picks is not None and phase.lone_pick_rate is not None and not owns(state, task.name):
+            picks = phase.lone_pick_rate
+        pick_rate = rate if picks is None else picks.schedule(phase.epochs, self.steps)
         training = Training(
             task=task.name,
             state=state,
@@ -323,13 +344,32 @@ class Learner:
         parts = (*phase.parts, *(["pick"] if picked else []))
         return trained(training, optimizer, self.recipe.batch_size, parts)
 
-    def _log(self, event: str, facts: Mapping[str, str | float | None]) -> None:
+    def _log(self, event: str, facts: Mapping[str, str | float | None], *, once: bool = False) -> None:
         if self.run is not None and self.folder is not None:
-            self.run.log(event, {"task": self.title, "folder": self.folder.path.name, **facts})
+            self.run.log(event, {"task": self.title, "folder": self.folder.path.name, **facts}, once=once)
+
+
+def _below(pruned: Mapping[float, Stage], trained: Stage, rung: float) -> tuple[Stage, float]:
+    """Return the stage that a rung starts from, which has the largest fraction below it, and that fraction."""
+    fraction = max((one for one in pruned if one < rung), default=None)
+    return (trained, 0.0) if fraction is None else (pruned[fraction], fraction)
+
+
+def owns(state: State, task: str) -> int:
+    """Return how many weights a task owns."""
+    return int(ownership.host_counts(state.owner, find(state, task).id)[0].sum())
+
+
+def unmoved(before: State, after: State, task: str) -> float | None:
+    """Return the share of a task's weights that training did not change; None if it owns none."""
+    total = owns(after, task)
+    mine = ownership.owned(after.owner, ownership.id_array(find(after, task).id))
+    same = jax.tree.map(lambda a, b, m: jnp.sum((a == b) & m), before.shared, after.shared, mine)
+    return sum(int(count) for count in jax.tree.leaves(same)) / total if total else None
 
 
 def _local_init(state: State, recipe: Recipe) -> str:
-    """Return what `pack` starts the local variables from."""
+    """Return the `local_init` argument of `pack`."""
     last = newest(state)
     if last is None:
         return "backbone"

@@ -1,6 +1,6 @@
-"""Optimizers of the published recipes as typed data, which compare by value.
+"""Optimizers of the published recipes as typed settings, compared by value.
 
-In a recipe the learning rate is that of the phase; in `pae.fit` and `pae.TrainState` it is their own.
+In a recipe the phase sets the learning rate; in `pae.fit` and `pae.TrainState` the optimizer does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pae_jax.errors import ArgumentError
 
 
 class Optimizer(Protocol):
-    """Anything that makes an optax chain, of learning rate 1 where a phase sets the rate."""
+    """An object that makes an optax chain; where a phase sets the rate, the chain has learning rate 1."""
 
     def transformation(self) -> optax.GradientTransformation:
         """Return the chain."""
@@ -43,12 +43,12 @@ def at_phase_rate(optimizer: Optimizer) -> Optimizer:
 
 def _check_decay(weight_decay: float, decayed: tuple[str, ...]) -> None:
     check_number("weight_decay", weight_decay, 0.0)
-    if isinstance(decayed, str) or not {*decayed} <= {"shared", "head"}:
-        raise ArgumentError(f"decayed must hold 'shared', 'head', both or nothing, found {decayed!r}")
+    if isinstance(decayed, str) or not {*decayed} <= {"shared", "head", "pick"}:
+        raise ArgumentError(f"decayed must hold some of 'shared', 'head' and 'pick', found {decayed!r}")
 
 
 def _decay(weight_decay: float, decayed: tuple[str, ...]) -> optax.GradientTransformation:
-    """Add `weight_decay * w` to the gradient of the kernels of some parts: shared weights, heads."""
+    """Add `weight_decay * w` to the gradient of the kernels of some parts: shared weights, heads, scores of picks."""
 
     def mask(params: Any) -> Any:
         return {
@@ -69,9 +69,9 @@ class Sgd:
     Attributes:
       learning_rate: at least 0; None in a recipe, whose phases set it.
       momentum: in [0, 1).
-      nesterov: whether to look ahead.
+      nesterov: whether to use Nesterov momentum.
       weight_decay: of kernels, at least 0.
-      decayed: parts that decay, of "shared" and "head".
+      decayed: parts that decay, of "shared", "head" and "pick".
 
     Raises:
       ArgumentError: a value outside its range.
@@ -96,7 +96,7 @@ class Sgd:
         _check_decay(self.weight_decay, self.decayed)
 
     def transformation(self) -> optax.GradientTransformation:
-        """Return the optax chain; without a learning rate of its own at rate 1."""
+        """Return the optax chain; if `learning_rate` is None, with rate 1."""
         trace = optax.trace(self.momentum, self.nesterov)
         return optax.chain(_decay(self.weight_decay, self.decayed), trace, _descent(self.learning_rate))
 
@@ -107,16 +107,16 @@ class Adam:
 
     With `m, v` the running means of g and g^2, `w <- w - rate m' / (sqrt(v') + epsilon)`, where `m', v'` are corrected
     for their start at 0. With `epsilon_hat`, `w <- w - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon)`. The
-    two differ when epsilon is large: at 0.1 the second is momentum descent at ten times the rate with a slow start.
+    two differ when epsilon is large: at 0.1 the second is momentum descent at ten times the rate with a warm-up.
 
     Attributes:
       learning_rate: at least 0; None in a recipe, whose phases set it.
       b1, b2: decay of the running means, in [0, 1).
       epsilon: added to the denominator, at least 0.
       epsilon_hat: which of the two forms.
-      start: steps that t starts from; large, the slow start of the second form is left out.
+      start: initial value of t; with a large value, the second form has no warm-up.
       weight_decay: of kernels, at least 0.
-      decayed: parts that decay, of "shared" and "head".
+      decayed: parts that decay, of "shared", "head" and "pick".
 
     Raises:
       ArgumentError: a value outside its range.
@@ -148,7 +148,7 @@ class Adam:
         _check_decay(self.weight_decay, self.decayed)
 
     def transformation(self) -> optax.GradientTransformation:
-        """Return the optax chain; without a learning rate of its own at rate 1."""
+        """Return the optax chain; if `learning_rate` is None, with rate 1."""
         if self.epsilon_hat or self.start:
             scale = _scale_by_adam_hat(self.b1, self.b2, self.epsilon, self.epsilon_hat, self.start)
         else:
@@ -185,7 +185,7 @@ def _scale_by_adam_hat(
     b1: float, b2: float, epsilon: float, epsilon_hat: bool, start: int
 ) -> optax.GradientTransformation:
     def init(params: Any) -> _AdamState:
-        # Two trees of zeros: arrays that are donated may not be the same.
+        # Two separate trees of zeros, because the same array cannot be donated twice.
         mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return _AdamState(jnp.full((), start, jnp.int32), mean, square)
 
@@ -194,7 +194,7 @@ def _scale_by_adam_hat(
         steps = state.steps + 1
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
         square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates)
-        # The moments start at 0 with this transformation, whatever count the bias correction starts from.
+        # This transformation starts the moments at 0, regardless of the initial count of the bias correction.
         first, second = _one_minus_power(b1, steps), jnp.sqrt(_one_minus_power(b2, steps))
         scale = epsilon if epsilon_hat else epsilon * second
         scaled = jax.tree.map(
@@ -208,5 +208,5 @@ def _scale_by_adam_hat(
 
 
 def _one_minus_power(base: float, steps: jax.Array) -> jax.Array:
-    """Return `1 - base^steps` without the cancellation that costs 4 digits of `1 - 0.999` in float32."""
+    """Return `1 - base^steps` without the cancellation that loses 4 digits of `1 - 0.999` in float32."""
     return -jnp.expm1(steps * math.log(base)) if base else jnp.ones((), jnp.float32)

@@ -1,4 +1,4 @@
-"""What a recipe is made of: a learning rate, a phase of training, a pruning ladder, growth."""
+"""Parts of a recipe: learning rate, training phase, pruning ladder and expansion."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SMALLEST_STEP = 1e-6
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate over the epochs of a phase.
+    """The learning rate over the epochs of a phase.
 
-    `initial * product of the factors of all drops whose epoch has passed`, with `cosine` also
+    The rate is `initial * product of the factors of all drops whose epoch has passed`. With `cosine` it is also
     `* (1 + cos(pi t / T)) / 2` over the whole phase.
 
     Attributes:
       initial: first learning rate, finite and at least 0.
-      drops: `(epoch, factor)`: after so many epochs the rate is multiplied.
+      drops: `(epoch, factor)`: after this many epochs the rate is multiplied by the factor.
       cosine: whether the rate falls to 0 by the end.
 
     Raises:
@@ -51,11 +51,11 @@ class Rate:
 
     @property
     def constant(self) -> bool:
-        """Whether it stays the same, so that no number of steps per epoch is needed."""
+        """Whether the rate is constant, so that the steps per epoch are not needed."""
         return not self.drops and not self.cosine
 
     def schedule(self, epochs: int, steps: int) -> Any:
-        """Return `step -> rate` for a number of epochs of so many steps each."""
+        """Return `step -> rate` for a number of epochs and of steps per epoch."""
 
         def rate(step: int) -> float:
             value = self.initial * math.prod(factor for epoch, factor in self.drops if step >= epoch * steps)
@@ -66,17 +66,18 @@ class Rate:
 
 @dataclass(frozen=True)
 class Phase:
-    """How a task trains for some epochs.
+    """Training settings of a task for a number of epochs.
 
     Attributes:
-      epochs: the most epochs it takes, at least 0.
+      epochs: largest number of epochs, at least 0.
       rate: learning rate of weights, local variables and head.
-      optimizer: what makes the optax chain; starts afresh in every phase.
-      plateau: lowers the rate when validation stops improving, and ends the phase; None takes all epochs.
+      optimizer: makes the optax chain; its state is reset in every phase.
+      plateau: lowers the rate when validation stops improving, and later ends the phase; None runs all epochs.
       keep: "best" keeps the epoch of the best validation metric, "last" the last one.
-      pick_rate: learning rate of the picks; None leaves them as they are.
-      pick_optimizer: as `optimizer`, of the picks.
-      parts: what is trained, of "shared", "local" and "head", as for `pae.fit`.
+      pick_rate: learning rate of the picks; None does not train them.
+      lone_pick_rate: as `pick_rate`, for a task that owns no weight; None takes `pick_rate`.
+      pick_optimizer: as `optimizer`, for the picks.
+      parts: parts to train, of "shared", "local" and "head", as for `pae.fit`.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -90,11 +91,13 @@ class Phase:
     pick_rate: Rate | None = None
     pick_optimizer: Optimizer = _ADAM
     parts: tuple[Literal["shared", "local", "head"], ...] = WEIGHTS
+    lone_pick_rate: Rate | None = None
 
     def __post_init__(self) -> None:
         check_choice("keep", self.keep, ("best", "last"))
         check_count("epochs", self.epochs, 0)
-        for name, rate in (("rate", self.rate), ("pick_rate", self.pick_rate)):
+        picks = (("pick_rate", self.pick_rate), ("lone_pick_rate", self.lone_pick_rate))
+        for name, rate in (("rate", self.rate), *picks):
             if not isinstance(rate, Rate) and (name == "rate" or rate is not None):
                 raise ArgumentError(f"{name} must be a Rate, such as Rate(0.01), found {rate!r}")
         for name, optimizer in (("optimizer", self.optimizer), ("pick_optimizer", self.pick_optimizer)):
@@ -104,18 +107,23 @@ class Phase:
             check_choice("parts", part, WEIGHTS)
         if not self.parts and self.pick_rate is None:
             raise ArgumentError("parts is empty and there is no pick_rate: nothing would be trained")
+        if self.lone_pick_rate is not None and self.pick_rate is None:
+            raise ArgumentError("lone_pick_rate takes the place of pick_rate, which is missing")
         if self.plateau is not None and self.keep != "best":
             raise ArgumentError("plateau goes back to the best epoch; it needs keep='best'")
 
     @property
     def needs_steps(self) -> bool:
-        """Whether a rate changes at some epoch, for which the steps per epoch must be known."""
-        return not self.rate.constant or (self.pick_rate is not None and not self.pick_rate.constant)
+        """Whether a rate depends on the epoch, so that the steps per epoch must be known."""
+        rates = (self.rate, self.pick_rate, self.lone_pick_rate)
+        return any(rate is not None and not rate.constant for rate in rates)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Pruning step by step: each rung frees a larger fraction, trains, and is kept or not.
+    """Pruning step by step: each rung frees a fraction, trains, and is kept or not.
+
+    A rung starts from the network of the largest fraction below it that was tried.
 
     Attributes:
       rungs: fractions in [0, 1], increasing by at least 0.001. Ignored with `equal_share`.
@@ -123,13 +131,22 @@ class Ladder:
       ramp: epochs of a rung over which its fraction rises (cubic); 0 frees it at once, before the training.
       every: steps between the releases of a ramp.
       choose: "largest_meeting_goal" takes the largest fraction whose validation metric reaches the goal,
-        "best_accuracy" the best metric, "last" the last rung climbed. If that is the unpruned network, tasks are to
-        come and the network cannot grow, the lowest rung is taken: they need room.
-      misses: rungs in a row below the goal that end the ladder, at least 1; None climbs it to the top.
-      floor: the ladder ends at a rung whose metric on the training data is not better than this; None never.
-      equal_share: one rung that leaves each task still to come as much as this one keeps, `1 - 1 / (upcoming + 1)`.
-      of: what fractions are of, as for `pae.prune`.
+        "best_accuracy" the best metric, "last" the last rung tried. If the choice is the unpruned network but more
+        tasks will follow, and this is the first task or the network cannot be expanded, the best rung is taken instead,
+        because later tasks need free weights.
+      misses: consecutive rungs below the goal that end the ladder, at least 1; None tries all rungs.
+      floor: the ladder ends at a rung whose metric on the training data is not better than this; None disables this
+        rule.
+      equal_share: use one rung that leaves each later task as many weights as this one keeps, `1 - 1 / (upcoming + 1)`.
+      of: what the fractions refer to, as for `pae.prune`.
       scope: as for `pae.prune`.
+      search: "climb" tries the rungs in order; "bisect" finds the largest one that reaches the goal by binary search,
+        so that of n rungs about log2(n + 1) are trained. It assumes that a larger fraction never makes the goal easier.
+        A task that misses its goal unpruned always climbs.
+      missed: the choice for a task that misses its goal unpruned at the largest width: "best" takes the largest
+        fraction that still reaches the goal, else the best metric; "largest" the largest fraction tried (CPG's
+        scripts).
+      prune_last: whether the last task of a stream is pruned.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -145,17 +162,22 @@ class Ladder:
     equal_share: bool = False
     of: Of = "available"
     scope: Scope = "leaf"
+    search: Literal["climb", "bisect"] = "climb"
+    missed: Literal["best", "largest"] = "best"
+    prune_last: bool = True
 
     def __post_init__(self) -> None:
         for rung in self.rungs:
             check_fraction(rung, "rungs")
-        # A stage is named by three decimals.
+        # The name of a stage has three decimals of the fraction.
         names = [round(rung, 3) for rung in self.rungs]
         if names != sorted(set(names)) or not (names or self.equal_share):
             raise ArgumentError(
                 f"rungs must be fractions that increase by at least 0.001, at least one; found {self.rungs}"
             )
         check_choice("choose", self.choose, ("largest_meeting_goal", "best_accuracy", "last"))
+        check_choice("search", self.search, ("climb", "bisect"))
+        check_choice("missed", self.missed, ("best", "largest"))
         check_choice("of", self.of, ("available", "own"))
         check_choice("scope", self.scope, ("leaf", "global"))
         check_count("every", self.every, 1)
@@ -165,18 +187,26 @@ class Ladder:
             check_number("floor", self.floor)
         if not 0.0 <= self.ramp <= self.phase.epochs:
             raise ArgumentError(f"ramp must lie in 0..{self.phase.epochs} epochs of its phase, found {self.ramp}")
+        climbs = self.misses is not None or self.floor is not None or self.of == "own"
+        if self.search == "bisect" and (climbs or self.choose != "largest_meeting_goal"):
+            raise ArgumentError(
+                "search='bisect' needs choose='largest_meeting_goal' and of='available', without misses= and floor=, "
+                "which end a climb"
+            )
         if self.ramp and self.of == "own":
             raise ArgumentError("of='own' counts a task's weights at one moment; it needs ramp=0")
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """When a task misses its goal, or finds no free weight, the network grows and the task starts again.
+    """When a task misses its goal, or no weight is free, the network is expanded and the task starts again.
 
     Attributes:
-      step: added to the size ratio (number of weights over that at width 1) each time, at least 1e-6. Where that
-        makes no layer larger, it is added again.
+      step: added to the size ratio (number of weights over that at width 1) each time, at least 1e-6. If that makes no
+        layer larger, it is added again.
       maximum: largest size ratio, finite and at least 1; it is never exceeded.
+      floor: the network is also expanded if the metric on the training data is not better than this after training;
+        None uses only the goal.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -184,7 +214,10 @@ class Expansion:
 
     step: float
     maximum: float
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         check_number("step of the size ratio", self.step, _SMALLEST_STEP)
         check_number("maximum size ratio", self.maximum, 1.0)
+        if self.floor is not None:
+            check_number("floor", self.floor)

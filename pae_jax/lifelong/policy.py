@@ -1,4 +1,4 @@
-"""Records of the lifelong loop, and its decisions as pure functions of them: no training, no files."""
+"""Records of the lifelong loop, and its decisions as pure functions of them, without training or files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pae_jax.nets import Net, width_for
 
 
 class Status(enum.Enum):
-    """How learning a task ended."""
+    """How the learning of a task ended."""
 
     LEARNED = "learned"
     """There was no goal to reach."""
@@ -34,29 +34,31 @@ class Status(enum.Enum):
 
     @property
     def added(self) -> bool:
-        """Whether the network has the task now."""
+        """Whether the task was added to the network."""
         return self not in (Status.NO_CAPACITY, Status.DIVERGED)
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What is known of one stage of learning a task.
+    """The record of one stage of learning a task.
 
     Attributes:
-      task: name of the task; "... (own network)" where it was trained alone.
+      task: name of the task; "... (own network)" if it was trained alone.
       stage: name of the stage, unique within the task.
       width: channel factor of the network.
       pruned: fraction freed of the weights available to the task.
       value: metric on validation data; NaN without.
-      train_value: metric on training data; None where nothing asks for it.
-      epochs: epochs of training of the task so far, those of this stage included.
+      train_value: metric on training data; None if nothing needs it.
+      epochs: training epochs of the task so far, including this stage.
       kept_epoch: which of them was kept.
-      weights: weights the task owns.
-      free: weights nobody owns.
+      weights: number of weights the task owns.
+      free: number of free weights.
       diverged: whether training met values that are not finite; the stage has no network then.
       sizes: MB (2^20 bytes) by the paper's formula, by column name.
       history: one dict per epoch, as in `pae.History.rows`.
       metric: name of the metric.
+      dead: share of the task's weights that training did not change, such as weights between channels that are never
+        active; None if it was not measured.
     """
 
     task: str
@@ -73,9 +75,10 @@ class StageRecord:
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)
     history: tuple[dict[str, float], ...] = ()
     metric: str = "accuracy"
+    dead: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON can say it; numbers that are not finite are null."""
+        """Return the record as JSON data; numbers that are not finite are null."""
         fields = dataclasses.asdict(self)
         rows = [{name: _or_null(value) for name, value in row.items()} for row in self.history]
         values = {"value": _or_null(self.value), "train_value": _or_null(self.train_value)}
@@ -98,11 +101,11 @@ def _or_nan(value: float | None) -> float:
 
 @dataclass
 class Stage:
-    """A stage of a task: its record, and the network, read from disk only when asked for.
+    """A stage of a task: its record, and the network, read from disk only on access.
 
     Attributes:
-      record: what is known of it.
-      read: returns the network; None where training diverged, or the network was let go.
+      record: its record.
+      read: returns the network; None if training diverged or the network was freed.
     """
 
     record: StageRecord
@@ -115,18 +118,18 @@ class Stage:
         return self.read()
 
     def let_go(self) -> None:
-        """Keep the record alone, so that the memory of the network can be freed."""
+        """Keep only the record, so that the memory of the network can be freed."""
         self.read = None
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a task has to reach on validation data.
+    """The goal of a task on validation data.
 
     Attributes:
       metric: what is measured.
-      value: of the metric, to be reached; None where nothing is.
-      tolerance: how much worse still counts.
+      value: value of the metric to reach; None without a goal.
+      tolerance: how much worse than the value still reaches the goal.
     """
 
     metric: Metric
@@ -134,22 +137,22 @@ class Goal:
     tolerance: float = 0.0
 
     def met_by(self, record: StageRecord) -> bool:
-        """Say whether a stage reaches the goal; every stage does where there is none."""
+        """Return whether a stage reaches the goal; without a goal every stage does."""
         return self.value is None or self.metric.reaches(record.value, self.value, self.tolerance)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of learning a task.
+    """The result of learning a task.
 
     Attributes:
       status: how it ended.
-      state: the network with the task frozen; unchanged where the task was not added.
+      state: the network with the task frozen; unchanged if the task was not added.
       task: name of the task.
-      value: metric on validation data of what was kept; NaN without validation data or network.
+      value: metric on validation data of the kept stage; NaN without validation data or network.
       goal: value to reach; None without.
-      test: metric on test data of what was kept; None without test data.
-      pruned: fraction freed of the weights that were available.
+      test: metric on test data of the kept stage; None without test data.
+      pruned: fraction freed of the available weights.
       width: channel factor of the network.
       records: every stage that was tried, in order.
     """
@@ -174,9 +177,9 @@ class Outcome:
 
 
 def wider(width: float, expansion: Expansion | None) -> float | None:
-    """Return the next width, or None where the network may not grow.
+    """Return the next width, or None if the network may not be expanded.
 
-    The size ratio grows by the step, never beyond the maximum.
+    The size ratio increases by the step, at most to the maximum.
     """
     if expansion is None:
         return None
@@ -187,7 +190,7 @@ def wider(width: float, expansion: Expansion | None) -> float | None:
 
 
 def next_width(net: Net, width: float, expansion: Expansion | None) -> float | None:
-    """Return the next width at which some layer is larger, or None where there is none.
+    """Return the next width at which some layer is larger, or None if there is none.
 
     Channel counts are rounded down, so a small step of the size ratio may change nothing.
     """
@@ -198,7 +201,7 @@ def next_width(net: Net, width: float, expansion: Expansion | None) -> float | N
 
 
 def starting_width(net: Net, state: State, recipe: Recipe) -> float | None:
-    """Return the width at which a new task starts, wider where no free weight is left; None if it cannot start."""
+    """Return the width at which a new task starts, wider if no free weight is left; None if it cannot start."""
     if recipe.allow_empty or ownership.free_fraction(state) > 0:
         return state.width
     return next_width(net, state.width, recipe.expansion)
@@ -210,19 +213,22 @@ def _shapes(net: Net, width: float) -> list[tuple[int, ...]]:
 
 
 def rungs(ladder: Ladder, met: bool, upcoming: int | None) -> tuple[float, ...]:
-    """Return the rungs to climb.
+    """Return the rungs to try.
 
-    With equal shares that is one: `1 - 1 / (upcoming + 1)`. Where the goal is missed at the largest width, tasks to
-    come need room all the same: the ladder ends with the first rung of at least `1 - round(1 / (upcoming + 1), 1)`.
+    The last task of a stream has no rungs if the ladder does not prune it. With equal shares there is one rung:
+    `1 - 1 / (upcoming + 1)`. If the goal is missed at the largest width, later tasks still need free weights: the
+    ladder ends with the first rung of at least `1 - round(1 / (upcoming + 1), 1)`.
 
     Args:
       ladder: the settings.
       met: whether the unpruned network reaches the goal.
-      upcoming: tasks still to come; None if unknown, counted as one.
+      upcoming: number of later tasks; None if unknown, counted as one.
 
-    Source: CPG's scripts for the goal that is missed.
+    Source: CPG's scripts for a missed goal.
     """
     later = 1 if upcoming is None else upcoming
+    if not later and not ladder.prune_last:
+        return ()
     if ladder.equal_share:
         return (1 - 1 / (later + 1),) if later else ()
     if met:
@@ -232,8 +238,27 @@ def rungs(ladder: Ladder, met: bool, upcoming: int | None) -> tuple[float, ...]:
     return (*lower, *ladder.rungs[len(lower) : len(lower) + 1]) if needed > 0 else ()
 
 
+def next_rung(
+    ladder: Ladder, steps: Sequence[float], tried: Sequence[float], reached: Sequence[float], met: bool = True
+) -> float | None:
+    """Return the next rung to try, or None if the ladder has ended.
+
+    Args:
+      ladder: how to search.
+      steps: the rungs, smallest first.
+      tried: the rungs already tried.
+      reached: the tried rungs that reach the goal.
+      met: whether the unpruned network reaches the goal; if not, there is no binary search.
+    """
+    if ladder.search == "climb" or not met:
+        return next((step for step in steps if step not in tried), None)
+    low, high = max(reached, default=-1.0), min((t for t in tried if t not in reached), default=2.0)
+    open_steps = [step for step in steps if low < step < high and step not in tried]
+    return open_steps[len(open_steps) // 2] if open_steps else None
+
+
 def ends(ladder: Ladder, climbed: Sequence[StageRecord], goal: Goal) -> bool:
-    """Say whether the ladder ends after the last of these rungs: too many misses in a row."""
+    """Return whether the ladder ends after the last of these rungs, because of too many consecutive misses."""
     if ladder.misses is None or goal.value is None or len(climbed) < ladder.misses:
         return False
     return not any(goal.met_by(record) for record in climbed[-ladder.misses :])
@@ -242,22 +267,21 @@ def ends(ladder: Ladder, climbed: Sequence[StageRecord], goal: Goal) -> bool:
 def choose(
     records: Sequence[StageRecord], ladder: Ladder, goal: Goal, met: bool = True, room_needed: bool = False
 ) -> int:
-    """Return the position of the stage to keep, among the unpruned one and the rungs climbed, smallest fraction first.
+    """Return the position of the stage to keep, among the unpruned one and the rungs tried, smallest fraction first.
 
     Args:
       records: the unpruned stage first.
       ladder: how to choose.
-      goal: what to reach.
-      met: whether the unpruned stage reaches the goal; if not, the largest fraction is taken, to leave room.
-      room_needed: whether tasks are to come and the network cannot grow, so that the unpruned stage would end the
-        stream; the lowest rung is taken in its place.
+      goal: the goal of the task.
+      met: whether the unpruned stage reaches the goal; if not, `ladder.missed` decides.
+      room_needed: whether later tasks need free weights, so that the unpruned stage is taken only if there is no other.
     """
     last = len(records) - 1
-    if not met or ladder.choose == "last":
+    if ladder.choose == "last" or (not met and ladder.missed == "largest"):
         return last
+    reaching = [position for position, record in enumerate(records) if goal.met_by(record)]
     lowest = min(int(room_needed), last)
-    if ladder.choose == "best_accuracy" or goal.value is None:
-        scores = [goal.metric.score(record.value) for record in records[lowest:]]
-        return lowest + scores.index(max(scores))  # the first on ties, as the paper's scripts do
-    reaching = (position for position, record in enumerate(records) if goal.met_by(record))
-    return max(lowest, *reaching, 0)
+    if ladder.choose == "largest_meeting_goal" and goal.value is not None and max(reaching, default=-1) >= lowest:
+        return max(reaching)
+    scores = [goal.metric.score(record.value) for record in records[lowest:]]
+    return lowest + scores.index(max(scores))  # the first on ties, as the paper's scripts do

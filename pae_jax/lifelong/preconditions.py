@@ -1,4 +1,4 @@
-"""What would stop the lifelong loop later, found before anything is computed or written."""
+"""Checks made before a lifelong run computes or writes anything."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pae_jax.checks import check_count, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net, heads
 from pae_jax.training import Devices
@@ -28,7 +29,7 @@ def check_call(
     devices: Devices | None = None,
     first: bool = True,
 ) -> CheckedTask:
-    """Raise for whatever would stop the loop later, before anything is computed or written; return the checked task."""
+    """Check a call before anything is computed or written; return the checked task."""
     integrity.check(state)
     last = newest(state)
     integrity.require_own_net(net, state, [] if last is None else [find(state, last)])
@@ -39,6 +40,11 @@ def check_call(
     if task.name in state.tasks:
         raise ArgumentError(
             f"task {task.name!r} exists already; tasks: {', '.join(names(state))}. Choose another name."
+        )
+    if recipe.picking is not None and recipe.picking.top is not None and first and not state.tasks:
+        raise ArgumentError(
+            f"recipe {recipe.name!r} picks among older weights, and the network has none; give the random ones to "
+            "a task: state = pae.freeze(pae.pack(net, state, 'random', head=None, key=key), 'random')"
         )
     heads.layout(net, heads.check_head(task.head), state.width)
     if goal is not None:
@@ -58,7 +64,7 @@ def check_call(
         raise ArgumentError(f"task {task.name!r} has no training data: train=None")
     checked = CheckedTask.of(net, task, state.width, recipe.batch_size)
     assert checked.train is not None
-    floored = ladder is not None and ladder.floor is not None
+    floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
     if devices is not None and checked.train.arrays is not None:
@@ -74,7 +80,7 @@ def check_call(
 
 
 def _check_accuracies(recipe: Recipe, goal: float | None) -> None:
-    """Raise `ArgumentError` where per cent are given for an accuracy, which is a fraction."""
+    """Raise `ArgumentError` if an accuracy, which is a fraction, is given in per cent."""
     for value in (goal, recipe.goal):
         if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
             raise ArgumentError(f"goal is {value:g}, but an accuracy lies in [0, 1]: 90 per cent is 0.9")
@@ -90,15 +96,20 @@ def check_stream(
     goals: Mapping[str, float] | None,
     devices: Devices | None,
 ) -> None:
-    """Raise before anything is learned for what a later task would stop at, where all tasks are at hand."""
+    """Check later tasks before any task is learned, if all tasks are available."""
     if not hasattr(tasks, "__len__"):
         raise ArgumentError(f"tasks must be a sequence, whose length is known; found {type(tasks).__name__}")
     if not isinstance(tasks, (list, tuple)):
-        return  # made one after the other
+        return  # tasks are created one after the other
     known = [task.name for task in tasks]
     twice = sorted({name for name in known if known.count(name) > 1})
     if twice:
         raise ArgumentError(f"tasks must have distinct names, found {twice[0]!r} twice")
+    folders = {folder_name("", name): name for name in known}
+    for name in known:
+        other = folders[folder_name("", name)]
+        if other != name:
+            raise ArgumentError(f"tasks {name!r} and {other!r} would share a folder of a run; rename one")
     for name in goals or {}:
         if name not in known:
             raise ArgumentError(f"goals has {name!r}, which is no task; tasks: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Recipes: the settings of the lifelong loop as typed data. PAE, PackNet, CPG and Piggyback are four of them."""
+"""Recipes: typed settings of the lifelong loop, such as PAE, PackNet, CPG and Piggyback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count, check_number
-from pae_jax.core import SHARING, Picking
+from pae_jax.core import SHARING, WEIGHT_INITS, Picking, WeightInit
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam as Adam
 from pae_jax.lifelong.optimizers import Sgd as Sgd
@@ -23,29 +23,34 @@ from pae_jax.training import Plateau
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of the loop for one task: train, expand if short, prune as far as the goal allows, retrain.
+    """All settings of the loop for one task: train, expand if needed, prune as far as the goal allows, retrain.
 
     Attributes:
-      name: as it stands in tables.
+      name: name of the recipe in tables.
       train: training of a new task.
       batch_size: examples per step.
-      head_first: training before `train`, of the head alone as a rule; None leaves it out.
-      ladder: pruning; None frees nothing.
-      retrain: training after pruning, kept only where the validation metric gets better; None leaves it out. Not for
-        the first task of a network, which has nothing older to use.
-      goal: metric that the task must keep: "baseline" (that of its own network), a number, or None.
-      tolerance: how much worse than the goal still counts as reaching it.
-      expansion: growth; None keeps the width.
+      head_first: training before `train`, usually of the head alone; None skips it.
+      ladder: pruning; None does not prune.
+      retrain: training after pruning, kept only if the validation metric improves; None skips it. Not used for the
+        first task of a network, which has no older weights to use.
+      goal: metric that the task must keep: a number, None, "baseline" (that of its own network), "finetune_average" or
+        "finetune_best" (mean or best of up to 5 own networks, each started from another earlier task of the network,
+        drawn by the key; the first task has its baseline).
+      finetune: training of the own networks of the goals "finetune_average" and "finetune_best"; None takes `train`.
+      tolerance: how much worse than the goal still reaches it.
+      expansion: when and how far to expand; None keeps the width.
       sharing: which older weights a task sees, as for `pae.pack`.
       picking: threshold and kind of picks with sharing "picked".
       local_init: as for `pae.pack`: "backbone", "fresh", or "newest", the task learned last. The first task of a
         network starts from the backbone's.
-      reclaim_init: as for `pae.pack`.
+      weight_init: as for `pae.pack`.
+      budget: as for `pae.pack`: share of all weights that a task may own; None allows all free ones. With a budget, a
+        ladder prunes shares of the task's own weights, `Ladder(of="own")`.
       allow_empty: whether a task may start without a free weight.
-      first: recipe of the first task of a network, where it differs; None takes this one.
+      first: recipe of the first task of a network, if it differs; None takes this one.
 
     Raises:
-      ArgumentError: a value outside its range, or settings that do not go together.
+      ArgumentError: a value outside its range, or incompatible settings.
 
     Example:
       >>> import dataclasses, pae_jax as pae
@@ -62,24 +67,26 @@ class Recipe:
     head_first: Phase | None = None
     ladder: Ladder | None = None
     retrain: Phase | None = None
-    goal: Literal["baseline"] | float | None = None
+    goal: Literal["baseline", "finetune_average", "finetune_best"] | float | None = None
+    finetune: Phase | None = None
     tolerance: float = 0.0
     expansion: Expansion | None = None
     sharing: Literal["all", "first", "picked"] = "all"
     picking: Picking | None = None
     local_init: Literal["backbone", "fresh", "newest"] = "backbone"
-    reclaim_init: Literal["zeros", "fresh"] = "zeros"
+    weight_init: WeightInit = "preserve"
+    budget: float | None = None
     allow_empty: bool = False
     first: Recipe | None = None
 
     def __post_init__(self) -> None:
         check_choice("sharing", self.sharing, SHARING)
         check_choice("local_init", self.local_init, ("backbone", "fresh", "newest"))
-        check_choice("reclaim_init", self.reclaim_init, ("zeros", "fresh"))
+        check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_count("batch_size", self.batch_size, 1)
         check_number("tolerance", self.tolerance, 0.0)
         if isinstance(self.goal, str):
-            check_choice("goal", self.goal, ("baseline",))
+            check_choice("goal", self.goal, ("baseline", "finetune_average", "finetune_best"))
         elif self.goal is not None:
             check_number("goal", self.goal)
         needs_goal = self.ladder is not None and self.ladder.choose == "largest_meeting_goal"
@@ -87,6 +94,11 @@ class Recipe:
             raise ArgumentError(
                 "a ladder that chooses by the goal, and an expansion, need goal= 'baseline' or a number"
             )
+        if self.budget is not None:
+            if not check_number("budget", self.budget, 0.0, 1.0):
+                raise ArgumentError("budget is 0: the task would own nothing")
+            if self.ladder is not None and self.ladder.of != "own":
+                raise ArgumentError("with a budget most of what is available is free: it needs Ladder(of='own')")
         if self.first is not None and self.first.first is not None:
             raise ArgumentError("the recipe of the first task cannot have another first recipe")
 
@@ -94,15 +106,16 @@ class Recipe:
     def phases(self) -> tuple[Phase, ...]:
         """All phases of training, in order."""
         rung = None if self.ladder is None else self.ladder.phase
-        return tuple(p for p in (self.head_first, self.train, rung, self.retrain) if p is not None)
+        finetune = self.finetune if self.goal in ("finetune_average", "finetune_best") else None
+        return tuple(p for p in (self.head_first, self.train, rung, self.retrain, finetune) if p is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON can say it; functions are named."""
+        """Return the recipe as JSON data; functions are given by name."""
         return plain(self)
 
 
 def plain(value: Any) -> Any:
-    """Return settings as JSON can say them; what JSON has no word for is named by its type or function."""
+    """Return settings as JSON data; values without a JSON form are given by the name of their type or function."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}
@@ -125,23 +138,23 @@ def pae() -> Recipe:
 
     Adam with epsilon 0.1 in the epsilon-hat form, L2 5e-4 on kernels and heads, batches of 90; up to 500 epochs at
     0.01 under the plateau rule (15 epochs, factor 0.1); nine rungs 0.1 ... 0.9 of 4 epochs at 5e-4, whose fraction
-    rises over the first epoch, every 10 steps; norms start fresh; growth to a size ratio of 1.2.
+    rises over the first epoch, every 10 steps; norms start fresh; expansion to a size ratio of 1.2.
 
     Returns:
-      A recipe whose goal is the accuracy of the task's own network, as the paper describes it. The authors' scripts
-      climb all rungs and take the best accuracy, `Ladder(choose="best_accuracy")`; they grow by hand, train the wider
-      network at 0.03, prune it at 2e-4 and let it see task 1 alone, `Recipe(sharing="first")`. Here the optimizer's
-      means start afresh with every rung; there they go on.
+      A recipe whose goal is the accuracy of the task's own network, as the paper describes it. The authors' scripts try
+      all rungs and take the best accuracy, `Ladder(choose="best_accuracy")`. They expand by hand, train the wider
+      network at 0.03, prune it at 2e-4 and let it see only task 1, `Recipe(sharing="first")`. This library resets the
+      optimizer's means at every rung; the authors' scripts do not.
 
     Example:
       >>> import pae_jax as pae
       >>> pae.recipes.pae().train.plateau
-      Plateau(patience=15, factor=0.1, stop=2)
+      Plateau(patience=15, factor=0.1, stop=2, pick_factor=None)
 
     Source: Hung et al., ICMR 2019: poster and the scripts of experiment 1.
     """
     adam = Adam(epsilon=0.1, epsilon_hat=True, weight_decay=5e-4, decayed=("shared", "head"))
-    # There the optimizer's step count goes on from training, so that the slow start of this Adam is over.
+    # In the authors' scripts the optimizer's step count continues from training, so the warm-up of this Adam is over.
     warm = dataclasses.replace(adam, start=10_000)
     return Recipe(
         name="pae",
@@ -151,6 +164,7 @@ def pae() -> Recipe:
         goal="baseline",
         expansion=Expansion(step=0.2, maximum=1.2),
         local_init="fresh",
+        weight_init="zeros",
     )
 
 
@@ -158,10 +172,10 @@ def packnet() -> Recipe:
     """Return PackNet as CPG's authors run it on CIFAR-100 in 20 tasks.
 
     Nesterov SGD 0.9 with decay 4e-5, batches of 32; 100 epochs at 0.01, divided by 10 after 50 and 80; 60 % of the
-    available weights freed at once; 30 epochs at 1e-3, divided by 10 after 25. No goal, no growth.
+    available weights freed at once; 30 epochs at 1e-3, divided by 10 after 25. No goal, no expansion.
 
     Returns:
-      A recipe. Both trainings keep the epoch of the best validation metric; there it is the last epoch.
+      A recipe. Both trainings keep the epoch of the best validation metric; CPG's code keeps the last epoch.
 
     Example:
       >>> import pae_jax as pae
@@ -175,7 +189,48 @@ def packnet() -> Recipe:
         train=Phase(100, Rate(1e-2, ((50, 0.1), (80, 0.1)))),
         ladder=Ladder((0.6,), Phase(30, Rate(1e-3, ((25, 0.1),))), ramp=0.0, choose="last"),
         local_init="newest",
+        weight_init="zeros",
         allow_empty=True,
+    )
+
+
+def packnet_finegrained(first: Recipe | None = None) -> Recipe:
+    """Return PackNet as its authors run it from an ImageNet network to fine-grained data sets.
+
+    SGD with momentum 0.9 and without decay, batches of 32. Each data set: 20 epochs at 1e-3, divided by 10 after 10;
+    three quarters of the task's own weights freed at once; 10 epochs at 1e-4. The last data set is not pruned. Biases
+    and norms are kept from the first task.
+
+    Args:
+      first: recipe of the first task. None takes the authors' settings for a network pretrained on ImageNet: half of
+        the weights freed at once, 10 epochs at 1e-4, divided by 10 after 5, biases and norms included.
+
+    Returns:
+      A recipe. Epochs are chosen on validation data; the authors' scripts use test data.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> recipe = pae.recipes.packnet_finegrained()
+      >>> recipe.ladder.rungs, recipe.ladder.of, recipe.first.ladder.rungs
+      ((0.75,), 'own', (0.5,))
+
+    Source: Mallya and Lazebnik, CVPR 2018, and the authors' scripts.
+    """
+    sgd = Sgd(nesterov=False, weight_decay=0.0)
+    if first is None:
+        again = Phase(10, Rate(1e-4, ((5, 0.1),)), sgd)
+        halve = Ladder((0.5,), again, ramp=0.0, choose="last", of="own", prune_last=False)
+        first = Recipe("packnet_finegrained", Phase(0, Rate(1e-3), sgd), ladder=halve)
+    kept: tuple[Literal["shared", "head"], ...] = ("shared", "head")
+    again = Phase(10, Rate(1e-4), sgd, parts=kept)
+    return Recipe(
+        name="packnet_finegrained",
+        train=Phase(20, Rate(1e-3, ((10, 0.1),)), sgd, parts=kept),
+        ladder=Ladder((0.75,), again, ramp=0.0, choose="last", of="own", prune_last=False),
+        local_init="newest",
+        weight_init="zeros",
+        allow_empty=True,
+        first=first,
     )
 
 
@@ -184,43 +239,54 @@ def cpg() -> Recipe:
 
     Training as PackNet's, picks by Adam at 5e-4, a fifth of it after 50 epochs and 0 after 70; ten rungs
     0.1 ... 0.9, 0.95 of 20 epochs at 1e-3 whose fraction rises over 4 epochs, ended by a training accuracy of 0.95;
-    then 30 epochs of retraining at 1e-3, picks at 1e-4. Norms start as the last task's. Growth by 0.5 to 1.5.
+    then 30 epochs of retraining at 1e-3, picks at 1e-4. Norms start as the last task's. Expansion by 0.5 to at most
+    1.5, if the goal is missed or the training accuracy is 0.95 or less. If no weight is free, the task learns only
+    picks, whose rate then does not change after 70 epochs; it is neither pruned nor retrained.
 
     Returns:
-      A recipe whose goal is the accuracy of the task's own network. The best validation epoch counts, of training, of
-      every rung (at its full fraction) and of the own network; there it is the last one. Growth goes by the validation
-      metric alone, there by a training accuracy of 0.95 too. Retraining starts from the picks that were learned.
+      A recipe whose goal is the accuracy of the task's own network. The epoch with the best validation metric is kept,
+      in training, in every rung (at its full fraction) and for the task's own network; the authors' code keeps the last
+      one. Retraining starts from the learned picks; in the authors' code, with everything picked. Other goals of the
+      authors: `goal="finetune_average"`, `"finetune_best"`.
 
     Example:
       >>> import pae_jax as pae
       >>> recipe = pae.recipes.cpg()
       >>> recipe.sharing, recipe.expansion
-      ('picked', Expansion(step=0.5, maximum=1.5))
+      ('picked', Expansion(step=0.5, maximum=1.5, floor=0.95))
 
     Source: Hung et al., "Compacting, Picking and Growing for Unforgetting Continual Learning", NeurIPS 2019.
     """
     return Recipe(
         name="cpg",
-        train=Phase(100, Rate(1e-2, ((50, 0.1), (80, 0.1))), pick_rate=Rate(5e-4, ((50, 0.2), (70, 0.0)))),
-        ladder=Ladder((*_TENTHS, 0.95), Phase(20, Rate(1e-3)), ramp=4.0, floor=0.95),
+        train=Phase(
+            100,
+            Rate(1e-2, ((50, 0.1), (80, 0.1))),
+            pick_rate=Rate(5e-4, ((50, 0.2), (70, 0.0))),
+            lone_pick_rate=Rate(5e-4, ((50, 0.2),)),
+        ),
+        ladder=Ladder((*_TENTHS, 0.95), Phase(20, Rate(1e-3)), ramp=4.0, floor=0.95, missed="largest"),
         retrain=Phase(30, Rate(1e-3), plateau=Plateau(patience=5, stop=1), pick_rate=Rate(1e-4)),
         goal="baseline",
-        expansion=Expansion(step=0.5, maximum=1.5),
+        finetune=Phase(100, Rate(5e-3, ((50, 0.1), (80, 0.1)))),
+        expansion=Expansion(step=0.5, maximum=1.5, floor=0.95),
         sharing="picked",
         local_init="newest",
+        weight_init="zeros",
+        allow_empty=True,
     )
 
 
 def piggyback(first: Recipe | None = None, *, ternary: bool = False) -> Recipe:
     """Return Piggyback: picks on a fixed backbone, which the first task trains.
 
-    Picks and head by Adam at 1e-4, divided by 10 after 15 epochs, 30 epochs, batches of 32; biases and norms stay
-    those of the backbone.
+    Picks and head by Adam at 1e-4, divided by 10 after 15 epochs, 30 epochs, batches of 32; biases and norms are kept
+    from the backbone.
 
     Args:
       first: recipe of the first task, which makes the backbone; None takes `finetune()`. A pretrained network whose
         first task is frozen needs none.
-      ternary: whether picked weights may also be used with their sign turned.
+      ternary: whether picked weights may also be used with their sign flipped.
 
     Returns:
       A recipe.
@@ -244,13 +310,55 @@ def piggyback(first: Recipe | None = None, *, ternary: bool = False) -> Recipe:
     )
 
 
-def finetune(head_epochs: int = 0) -> Recipe:
-    """Return plain training of all that is free, without pruning or growth: a task's own network.
+def supsup(share: float = 0.16) -> Recipe:
+    """Return Supermasks in Superposition: one mask per task on random weights that never change.
 
-    On an empty or pretrained network this is the baseline of PAE and CPG; of a network with tasks it takes all room.
+    Scores by Adam at 1e-3 with L2 1e-4, cosine over 250 epochs, batches of 128; the weights with the highest scores of
+    each leaf are used. `Server.infer_task(by="gradient")` finds the task of an input by one gradient.
 
     Args:
-      head_epochs: epochs in which only the head trains, at 1e-2, before everything does; PAE's baselines take 3.
+      share: share of each leaf's weights that a task uses, in (0, 1]; the authors tried 1, 2, 4, 8, 16 and 32 %.
+
+    Returns:
+      A recipe for a network whose first task holds the random weights: `pae.pack(..., head=None)`, then `pae.freeze`.
+      The authors draw weights of one magnitude and random sign, give larger leaves smaller shares, and mask a random
+      head. Here the model draws the weights, shares are equal, and a task also trains its head, biases and norms. The
+      epoch with the best validation metric is kept; the authors keep the last.
+
+    Example:
+      >>> import pae_jax as pae
+      >>> pae.recipes.supsup(0.08).picking.top
+      0.08
+
+    Source: Wortsman et al., "Supermasks in Superposition", NeurIPS 2020, and the authors' scripts for 20 tasks of
+    CIFAR-100; scores start as in Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020.
+    """
+    rate = Rate(1e-3, cosine=True)
+    return Recipe(
+        name="supsup",
+        batch_size=128,
+        train=Phase(
+            250,
+            rate,
+            Adam(),
+            pick_rate=rate,
+            pick_optimizer=Adam(weight_decay=1e-4, decayed=("pick",)),
+            parts=("local", "head"),
+        ),
+        sharing="picked",
+        picking=Picking(top=share),
+        allow_empty=True,
+    )
+
+
+def finetune(head_epochs: int = 0) -> Recipe:
+    """Return plain training of all free weights, without pruning or expansion: a task's own network.
+
+    On an empty or pretrained network this is the baseline of PAE and CPG; on a network with tasks it takes all free
+    weights.
+
+    Args:
+      head_epochs: epochs in which only the head trains, at 1e-2, before all parts train; PAE's baselines take 3.
 
     Returns:
       A recipe with CPG's training: 100 epochs at 0.01, divided by 10 after 50 and 80.

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
-import os
 import re
-import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
-from pae_jax.checks import check_choice
-from pae_jax.core import State, find, integrity, names
+from pae_jax.checks import check_choice, check_number
 from pae_jax.errors import ArgumentError, CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
-from pae_jax.lifelong.policy import Stage, StageRecord
-from pae_jax.lifelong.recipes import Recipe, plain
-from pae_jax.lifelong.task import Task
-from pae_jax.nets import Net, heads
-from pae_jax.storage import checkpoint
-from pae_jax.trees import describe, flatten
-
-FROZEN = "frozen"
+from pae_jax.lifelong.policy import StageRecord
+from pae_jax.lifelong.task_folder import TaskFolder
+from pae_jax.storage import files
 
 
 class Run:
@@ -39,12 +32,21 @@ class Run:
     paper's code, `events.jsonl` with what happened when, `accuracy.json` with the accuracy matrix, and TensorBoard
     scalars in `tensorboard/` if the package tensorboardX is installed.
 
+    The stages hold the truth, each with its checksum and with the settings that it was made with; `settings.json`,
+    `records.json` and `stages.csv` are made again from them where they are lost or damaged. Text is UTF-8 everywhere.
+    A run that would go on with another model, loss, data, recipe, key, network before the task, or with other numeric
+    settings of JAX is refused by name. Not known are: batches of a factory or an iterator, what a measure reads from
+    outside, XLA's flags, the machine, and the versions of packages other than JAX.
+
+    Several jobs may use one run for different tasks. Of two that learn the same task, the second waits.
+
     Args:
-      path: the folder; made if need be.
+      path: the folder, on this machine; made if need be. `~` is the home folder.
       keep: "frozen" removes the other stages of a task once it is frozen, "all" keeps them.
+      wait: seconds to wait for another job that uses the same files; then a `CheckpointError` names that job.
 
     Raises:
-      CheckpointError: the path is a file.
+      CheckpointError: the path is a file, is remote, or cannot be made.
       ArgumentError: several processes of a distributed run.
 
     Example:
@@ -54,92 +56,101 @@ class Run:
       []
     """
 
-    def __init__(self, path: str | Path, *, keep: Literal["frozen", "all"] = "frozen"):
+    def __init__(self, path: str | Path, *, keep: Literal["frozen", "all"] = "frozen", wait: float = 60.0):
         check_choice("keep", keep, ("frozen", "all"))
-        self.path, self.keep = Path(path).absolute(), keep
+        self.path, self.keep, self.wait = files.local_path(path), keep, check_number("wait", wait, 0.0)
         if jax.process_count() > 1:
             raise ArgumentError(f"a run is written by one process, found {jax.process_count()}; learn without run=")
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is a file; a run is a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[tuple[str, str], dict[str, str]] = {}
-        self._accuracies: list[tuple[str, dict[str, float]]] = []
-        table, saved = self.path / "stages.csv", self.path / "accuracy.json"
-        if table.exists():
-            # A process that is stopped before it has met all stages again must not make the table shorter.
-            rows = csv.DictReader(io.StringIO(table.read_text()))
-            self._rows = {(row["Task"], row["Stage"]): {k: v for k, v in row.items() if v} for row in rows}
-        if saved.exists():
-            self._accuracies = [(row["after"], row["accuracies"]) for row in json.loads(saved.read_text())]
+        with files.disk_errors(f"cannot use the run folder {self.path}"):
+            if self.path.exists() and not self.path.is_dir():
+                raise CheckpointError(f"{self.path} is a file; a run is a folder")
+            files.make_folder(self.path)
+            files.remove_leftovers(self.path)
         self._writer: Any = None
 
     @property
     def rows(self) -> list[dict[str, str]]:
         """Rows of `stages.csv`."""
-        return [dict(row) for row in self._rows.values()]
+        return [_row(record) for folder in self._folders() for record in folder.records()]
 
     @property
     def matrix(self) -> AccuracyMatrix | None:
         """Accuracies after each task, None before the first."""
-        return matrix_of(dict(self._accuracies))
+        return matrix_of(self._accuracies())
 
     def accuracies(self, after: str) -> dict[str, float] | None:
         """Return what `record_accuracies` was given after a task, None if nothing."""
-        return next((dict(row) for name, row in self._accuracies if name == after), None)
+        return self._accuracies().get(after)
 
-    def record_accuracies(self, after: str, accuracies: Mapping[str, float]) -> None:
-        """Enter a row of the accuracy matrix: the accuracy of each task so far, after the newest was learned."""
-        self._accuracies = [row for row in self._accuracies if row[0] != after] + [(after, dict(accuracies))]
-        rows = [{"after": name, "accuracies": row} for name, row in self._accuracies]
-        write_text(self.path / "accuracy.json", _dumps(rows, indent=1))
+    def record_accuracies(self, after: str, accuracies: Mapping[str, float] | None) -> None:
+        """Enter a row of the accuracy matrix: the accuracy of each task so far, after the newest was learned.
 
-    def log(self, event: str, facts: Mapping[str, str | float | None]) -> None:
-        """Append a line to `events.jsonl`; numbers that are not finite are null."""
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(_dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **known}))
+        None takes the row out.
+        """
+        with self.lock():
+            rows = self._accuracies()
+            if accuracies is None and after not in rows:
+                return
+            rows.pop(after, None)
+            rows |= {} if accuracies is None else {after: dict(accuracies)}
+            listed = [{"after": name, "accuracies": row} for name, row in rows.items()]
+            files.write_sealed(self.path / "accuracy.json", {"rows": listed})
 
-    def task_folder(self, name: str, settings: Mapping[str, Any]) -> TaskFolder:
-        """Return the folder of a task, new or as an earlier process with the same settings left it.
+    def log(self, event: str, facts: Mapping[str, str | float | None], *, once: bool = False) -> None:
+        """Append a line to `events.jsonl`; numbers that are not finite are null.
 
         Args:
-          name: of the folder, such as "02-gender".
+          event: what happened.
+          facts: to which folder, in which stage, and what came of it.
+          once: whether a line of the same event, folder and stage is enough.
+        """
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+        if once and _which({"event": event, **known}) in self._events():
+            return
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **known}
+        with self.lock():
+            text = json.dumps({**line, "crc32": _crc(line)}, allow_nan=False)
+            files.append_line(self.path / "events.jsonl", text)
+
+    @contextlib.contextmanager
+    def task_folder(self, name: str, settings: Mapping[str, Any]) -> Iterator[TaskFolder]:
+        """Yield the folder of a task, new or as an earlier process with the same settings left it.
+
+        While it is open no other job can write into it; one of a finished task is only read.
+
+        Args:
+          name: of the folder, by `folder_name`.
           settings: JSON that decides what the task's stages hold: recipe, key, data, the network before it. Its
             "task" is the name in the table.
 
         Raises:
-          CheckpointError: the folder was begun with other settings; names the first that differs.
+          CheckpointError: the folder was begun with other settings, of which the first that differs is named; it is
+            damaged; or another job is learning the task.
         """
-        folder = self.path / re.sub(r"[^\w.-]+", "_", name)
-        record, text = folder / "settings.json", _dumps(settings, indent=1)
-        if record.exists():
-            _require_same(json.loads(record.read_text()), json.loads(text), folder, "")
-            for left in folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left)
-        else:
-            # Whatever the run knows of this task comes from a folder that is no longer there.
-            self._rows = {key: row for key, row in self._rows.items() if key[0] != settings.get("task")}
-            self._accuracies = [row for row in self._accuracies if row[0] != settings.get("task")]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(record, text)
-        return TaskFolder(self, folder)
+        folder = TaskFolder(self.path / name, json.loads(json.dumps(settings)))
+        with contextlib.ExitStack() as stack:
+            with files.disk_errors(f"cannot use the folder {folder.path}"):
+                in_use = not folder.finished or (folder.path / ".lock").exists()
+                if in_use:
+                    files.make_folder(folder.path)
+            if in_use:
+                stack.enter_context(files.locked(folder.path / ".lock", self.wait))
+            if not folder.resume():
+                with self.lock():
+                    number = 1 + max((one.number for one in self._folders()), default=0)
+                    folder.begin(number)
+                # Whatever the run knows of this task comes from a folder that is no longer there.
+                self.record_accuracies(settings["task"], None)
+            yield folder
 
-    def enter(self, record: StageRecord) -> None:
-        """Enter a stage into the table and write it."""
-        metric = "Acc" if record.metric == "accuracy" else record.metric
-        row = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
-        row |= {"Pruned rate": f"{record.pruned:.5f}", metric: f"{record.value:.5f}"}
-        row |= {"Epoch No.": str(record.kept_epoch)}
-        row |= {name: f"{value:.3f}" for name, value in record.sizes.items()}
-        if self._rows.get((record.task, record.stage)) == row:
-            return
-        self._rows[record.task, record.stage] = row
-        columns = list(dict.fromkeys(name for known in self._rows.values() for name in known))
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(self._rows.values())
-        write_text(self.path / "stages.csv", text.getvalue())
+    def write_table(self) -> None:
+        """Write `stages.csv` with a row for each stage that is on disk; nothing if it is as it should be."""
+        path = self.path / "stages.csv"
+        with contextlib.suppress(CheckpointError):
+            if files.read_bytes(path) == _table(self.rows):
+                return
+        with self.lock():
+            files.write_bytes(path, _table(self.rows))
 
     def scalars(self, record: StageRecord) -> None:
         """Write the epochs of a new stage for TensorBoard, if tensorboardX is installed."""
@@ -147,98 +158,56 @@ class Run:
             self._writer = _scalars(self.path / "tensorboard")
         if not self._writer:
             return
-        first = record.epochs - len(record.history)
-        for number, row in enumerate(record.history, first + 1):
-            for name, value in row.items():
-                if name != "epoch":
-                    self._writer.add_scalar(f"{record.task}/{name}", value, number)
-        self._writer.add_scalar(f"{record.task}/pruned", record.pruned, record.epochs)
-        self._writer.flush()
+        task = record.task.encode(errors="backslashreplace").decode()
+        with files.disk_errors(f"cannot write {self.path / 'tensorboard'}"):
+            first = record.epochs - len(record.history)
+            for number, row in enumerate(record.history, first + 1):
+                for name, value in row.items():
+                    if name != "epoch":
+                        self._writer.add_scalar(f"{task}/{name}", value, number)
+            self._writer.add_scalar(f"{task}/pruned", record.pruned, record.epochs)
+            self._writer.flush()
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the files that all tasks of the run share."""
+        return files.locked(self.path / ".lock", self.wait)
+
+    def _folders(self) -> list[TaskFolder]:
+        """Return the folders of tasks in the order in which they were begun."""
+        with files.disk_errors(f"cannot read the run folder {self.path}"):
+            paths = sorted(entry for entry in self.path.iterdir() if entry.is_dir())
+        folders = [TaskFolder(path, None) for path in paths if not path.name.startswith(files.ASIDE)]
+        return sorted((folder for folder in folders if folder.number), key=lambda folder: folder.number)
+
+    def _accuracies(self) -> dict[str, dict[str, float]]:
+        path = self.path / "accuracy.json"
+        with files.disk_errors(f"cannot read {path}"):
+            if not path.exists():
+                return {}
+        try:
+            return {row["after"]: dict(row["accuracies"]) for row in files.read_sealed(path)["rows"]}
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{error}. Remove {path}; what it held is measured again.") from error
+
+    def _events(self) -> set[tuple[Any, ...]]:
+        """Return which events were logged; lines that are damaged were not."""
+        path, found = self.path / "events.jsonl", set()
+        with files.disk_errors(f"cannot read {path}"):
+            lines = files.read_bytes(path).splitlines() if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError, AttributeError):
+                event = json.loads(line)
+                if event.pop("crc32", None) == _crc(event):
+                    found.add(_which(event))
+        return found
 
 
-class TaskFolder:
-    """Stages of one task on disk."""
-
-    def __init__(self, run: Run, path: Path):
-        self.run, self.path = run, path
-
-    @property
-    def finished(self) -> bool:
-        """Whether the task is frozen."""
-        return (self.path / FROZEN).exists()
-
-    def find(self, net: Net, label: str, heads: Mapping[str, Any]) -> Stage | None:
-        """Return a stage that an earlier process has finished, None if there is none."""
-        folder, failure = self.path / label, self.path / f"{label}.json"
-        if failure.exists():
-            return Stage(StageRecord.from_json(json.loads(failure.read_text())), None)
-        if not folder.exists():
-            return None
-        record = StageRecord.from_json(self.metadata(label)["record"])
-        return Stage(record, lambda: checkpoint.load(net, folder, heads=heads))
-
-    def put(self, label: str, record: StageRecord, state: State | None, more: Mapping[str, Any]) -> None:
-        """Write a stage; without a state, only the record of its failure."""
-        if state is None:
-            write_text(self.path / f"{label}.json", _dumps(record.to_json()))
-        else:
-            checkpoint.save(self.path / label, state, {"record": record.to_json(), **more})
-
-    def metadata(self, label: str) -> dict[str, Any]:
-        """Return what was stored beside a stage."""
-        return checkpoint.read_metadata(self.path / label)["metadata"]
-
-    def write_records(self, records: list[StageRecord]) -> None:
-        """Write the records of all stages that were tried, which outlive the stages."""
-        write_text(self.path / "records.json", _dumps([record.to_json() for record in records], indent=1))
-
-    def read_records(self) -> list[StageRecord]:
-        """Return what `write_records` wrote."""
-        return [StageRecord.from_json(record) for record in json.loads((self.path / "records.json").read_text())]
-
-    def tidy(self) -> None:
-        """Remove the stages that led to the frozen one, unless the run keeps them."""
-        if self.run.keep == "all":
-            return
-        for entry in self.path.iterdir():
-            if entry.is_dir() and entry.name != FROZEN:
-                shutil.rmtree(entry)
-
-
-def settings_of(
-    state: State,
-    task: Task,
-    recipe: Recipe,
-    key: jax.Array,
-    goal: float | None,
-    upcoming: int | None,
-    title: str | None = None,
-) -> dict[str, Any]:
-    """Return what decides the stages of a task; a resumed run must have the same.
-
-    Functions are known by their names alone; data that only iterating would show is not looked at.
-    """
-    older = {
-        name: {p: row.hex() for p, row in integrity.recorded(state, find(state, name)).items()} for name in names(state)
-    }
-    network = {"tasks": older, "shared": _checksums(state.shared), "local": _checksums(state.local)}
-    ladder = recipe.ladder
-    counts_upcoming = ladder is not None and (ladder.equal_share or goal is not None or ladder.choose != "last")
-    return {
-        "task": title or task.name,
-        "head": heads.describe(task.head),
-        "loss": plain(task.loss),
-        "loss_per": task.loss_per,
-        "metric": plain(task.metric),
-        "augment": plain(task.augment),
-        "recipe": recipe.to_json(),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "goal": goal,
-        "upcoming": upcoming if counts_upcoming else None,
-        "width": state.width,
-        "earlier network": zlib.crc32(json.dumps(network, sort_keys=True).encode()),
-        "data": {name: _checksums(_arrays(getattr(task, name))) for name in ("train", "val", "test")},
-    }
+def folder_name(prefix: str, task: str) -> str:
+    """Return the name of a task's folder, in ASCII on any system; a name that had to be changed has a hash, too."""
+    kept = re.sub(r"[^A-Za-z0-9_.-]+", "_", task)[:80]
+    if kept == task:
+        return prefix + task
+    return f"{prefix}{kept}-{hashlib.sha256(task.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def matrix_of(rows: Mapping[str, Mapping[str, float]]) -> AccuracyMatrix | None:
@@ -252,46 +221,29 @@ def matrix_of(rows: Mapping[str, Mapping[str, float]]) -> AccuracyMatrix | None:
     return matrix
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+def _row(record: StageRecord) -> dict[str, str]:
+    metric = "Acc" if record.metric == "accuracy" else record.metric
+    row = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
+    row |= {"Pruned rate": f"{record.pruned:.5f}", metric: f"{record.value:.5f}"}
+    row |= {"Epoch No.": str(record.kept_epoch)}
+    return row | {name: f"{value:.3f}" for name, value in record.sizes.items()}
 
 
-def _dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, indent=indent, allow_nan=False) + "\n"
+def _table(rows: list[dict[str, str]]) -> bytes:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")
 
 
-def _arrays(data: Any) -> Any:
-    """Return data with its labels as an array, which lists may be."""
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], (list, tuple)):
-        return data[0], np.asarray(data[1])
-    return data
+def _which(event: Mapping[str, Any]) -> tuple[Any, ...]:
+    return event.get("event"), event.get("folder"), event.get("stage")
 
 
-def _checksums(data: Any) -> Any:
-    """Return `{path: dtype, shape and CRC-32}` of trees of arrays; None for anything else."""
-    if not isinstance(data, (tuple, dict)):
-        return None
-    leaves = {name: leaf for name, leaf in flatten(data).items() if hasattr(leaf, "dtype")}
-    flat = {name: np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for name, leaf in leaves.items()}
-    return {name: f"{describe(leaves[name])} {zlib.crc32(found.data):08x}" for name, found in flat.items()}
-
-
-def _require_same(found: Any, mine: Any, folder: Path, name: str) -> None:
-    """Raise `CheckpointError` naming the first leaf in which two settings differ."""
-    if isinstance(found, dict) and isinstance(mine, dict):
-        for entry in [*mine, *(entry for entry in found if entry not in mine)]:
-            _require_same(found.get(entry), mine.get(entry), folder, f"{name}.{entry}" if name else entry)
-    elif isinstance(found, list) and isinstance(mine, list) and len(found) == len(mine):
-        for position, pair in enumerate(zip(found, mine, strict=True)):
-            _require_same(*pair, folder, f"{name}[{position}]")
-    elif found != mine:
-        raise CheckpointError(
-            f"{folder} was begun with other settings: '{name}' was {found!r} and is now {mine!r}. Use the same, or "
-            "another run folder."
-        )
+def _crc(line: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(line, sort_keys=True).encode()):08x}"
 
 
 def _scalars(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`Session`: what every task of one call of the lifelong loop shares."""
+"""`Session`: settings shared by all tasks of one call of the lifelong loop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pae_jax.training import Devices
 
 @dataclass(frozen=True)
 class Session:
-    """What every task of one call of `learn`, `learn_all` or `baseline` shares.
+    """Settings shared by all tasks of one call of `learn`, `learn_all` or `baseline`.
 
     Attributes:
       net: the network description.
       recipe: settings of the loop.
       key: random key of the whole stream.
-      run: folder that makes the call resumable; None works in memory alone.
+      run: run folder, so that the call can be resumed; None keeps everything in memory.
       devices: where to train.
       progress: whether to show progress bars.
     """
@@ -39,5 +39,6 @@ class Session:
 
 
 def stage_key(key: jax.Array, task: str, stage: str) -> jax.Array:
-    """Return the random key of a stage; it depends on names alone, so a resumed run draws the same numbers."""
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(task.encode())), zlib.crc32(stage.encode()))
+    """Return the random key of a stage; it depends only on names, so a resumed run draws the same numbers."""
+    of_task = jax.random.fold_in(key, zlib.crc32(task.encode(errors="surrogatepass")))
+    return jax.random.fold_in(of_task, zlib.crc32(stage.encode()))

@@ -1,4 +1,4 @@
-"""`Task`: what there is to learn; `Metric`: how well it was learned."""
+"""`Task`: the data and settings of a task; `Metric`: how its result is measured."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _WHOLE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Metric:
-    """What counts as doing a task well; goals and the choice of epochs and ratios go by it.
+    """The metric of a task, used for goals and for the choice of epochs and pruning ratios.
 
     Attributes:
-      name: as it stands in tables.
-      measure: `(net, state, task, data) -> float`; None takes the accuracy of class numbers. It must not keep the
-        state.
+      name: name of the metric in tables.
+      measure: `(net, state, task, data) -> float`; None takes the accuracy of class numbers. It must not keep a
+        reference to the state.
       higher_is_better: False for errors such as a mean absolute error.
 
     Raises:
-      ArgumentError: an accuracy of which less is better.
+      ArgumentError: an accuracy with `higher_is_better=False`.
 
     Example:
       >>> import pae_jax as pae
@@ -63,12 +63,12 @@ class Metric:
             raise ArgumentError("without `measure` the metric is the accuracy, of which more is better")
 
     def reaches(self, value: float, goal: float, tolerance: float) -> bool:
-        """Say whether a value is as good as a goal, or worse by no more than the tolerance."""
+        """Return whether a value is as good as a goal, or worse by at most the tolerance."""
         rounding = 1e-9 * abs(goal)  # 0.06 + 0.01 is a little less than 0.07
         return self.score(value) + tolerance >= self.score(goal) - rounding
 
     def score(self, value: float) -> float:
-        """Return a value such that higher is better; NaN is worst."""
+        """Return a score for which higher is better; NaN gives the lowest."""
         if math.isnan(value):
             return -math.inf
         return value if self.higher_is_better else -value
@@ -76,7 +76,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class MeanOf:
-    """A measure that averages a number per example, for `Metric(measure=)`.
+    """A measure that averages one number per example, for `Metric(measure=)`.
 
     Attributes:
       values: `(outputs, y) -> array (batch,)`.
@@ -94,7 +94,7 @@ class MeanOf:
         """Return the mean over data as for `pae.evaluate`."""
         entry = find(state, task)
         total, count = 0.0, 0
-        # Arrays come as one batch, which `predict` cuts: it selects the task's weights once for all of them.
+        # Arrays are passed as one batch, which `predict` splits, so that the task's weights are selected only once.
         for x, y in feed(data, form(net, entry.width, entry.head_spec, False), _WHOLE).epoch(0, None):
             found = np.asarray(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y))
             size = examples(x)
@@ -114,10 +114,10 @@ class Task:
       name: used once per network.
       head: number of classes, or a Flax module called on the features.
       train: training data, as for `pae.fit`.
-      val: validation data, which every choice is made by; None if nothing is to be chosen.
-      test: test data; only ever measured, never chosen by.
+      val: validation data, used for every choice; None if no choice is needed.
+      test: test data; only for reporting, never for choices.
       loss: as for `pae.fit`; None takes the softmax cross-entropy.
-      metric: what goals and choices go by; the accuracy, unless it says otherwise.
+      metric: metric for goals and choices; default accuracy.
       augment: as for `pae.fit`, applied to training batches on the device.
       loss_per: as for `pae.fit`.
 
@@ -147,7 +147,7 @@ class Task:
 
 
 def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
-    """Return the accuracy of each example, or raise where labels are no class numbers: with an own loss they may be."""
+    """Return the accuracy of each example, or raise if labels are not class numbers, as a custom loss allows."""
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
         raise TypeError("labels without an accuracy; give the task a Metric with `measure`, such as MeanOf")
     return accuracy(logits, labels)
@@ -155,13 +155,13 @@ def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
 
 @dataclass(frozen=True)
 class CheckedTask:
-    """A task whose data was checked, once for all that follows.
+    """A task with checked data.
 
     Attributes:
-      net: the network it is for.
+      net: the network description.
       task: the task.
-      objective: its loss, and what is measured beside it.
-      train, val, test: its data in batches; None where there is none.
+      objective: its loss and metrics.
+      train, val, test: its data in batches; None if there is none.
     """
 
     net: Net
@@ -195,7 +195,7 @@ class CheckedTask:
         return form(self.net, width, self.task.head, self.task.loss is None, self.task.augment)
 
     def check_accuracy(self, part: Feed | None, width: float) -> None:
-        """Raise `ArgumentError` where data in arrays has no accuracy and the metric takes it."""
+        """Raise `ArgumentError` if the metric is the accuracy but the data in arrays has none."""
         if self.task.metric.measure is not None or part is None or part.arrays is None:
             return
         x, y = part.arrays

@@ -25,8 +25,8 @@ class InceptionResnetV1(nn.Module):
     """Inception with residual connections: features of faces, 133 kernels, 23.4 million shared weights at width 1.
 
     Every convolution of c filters has floor(c · width) of them, except the residual projections, which have as many
-    as their block has inputs, and the last layer, which always has `features`. A head works on these features as they
-    are; a face embedding is the features divided by their L2 norm.
+    as their block has inputs, and the last layer, which always has `features`. A head gets these features unnormalised;
+    a face embedding is the features divided by their L2 norm.
 
     Call it as `module(images, train)`. Training uses batch statistics and dropout, so it mutates `batch_stats` and,
     unless `dropout` is 0, draws from the stream "dropout".

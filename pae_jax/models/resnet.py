@@ -1,4 +1,4 @@
-"""Residual networks of basic blocks: ResNet-18, ResNet-34 and the small ones for CIFAR."""
+"""Residual networks: ResNet-18, ResNet-34, ResNet-50 and the small ones for CIFAR."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from pae_jax.models.scaling import scaled
 
 
 class ResNet(nn.Module):
-    """Stages of basic residual blocks; the features are the mean over the last map.
+    """Stages of residual blocks; the features are the mean over the last map.
 
-    `x <- relu(block(x) + shortcut(x))`, where a block is two 3×3 convolutions with batch norm. The first block of every
-    stage but the first halves the map, and its shortcut is a strided 1×1 convolution with batch norm; all other
-    shortcuts are the identity. A layer of c channels has floor(c · width) of them.
+    `x <- relu(block(x) + shortcut(x))`. A basic block is two 3×3 convolutions with batch norm; a bottleneck is a 1×1, a
+    3×3 and a 1×1 convolution, the last with four times the channels. The first block of every stage but the first
+    halves the map by the stride of its (first) 3×3 convolution. Where map or channels change, the shortcut is a 1×1
+    convolution with batch norm, otherwise the identity. A layer of c channels has floor(c · width) of them.
 
     Call it as `module(images, train)`. Training uses batch statistics, so it mutates `batch_stats`.
 
     Attributes:
       width: channel factor, above 0.
-      stages: blocks per stage; `resnet18` and `resnet34` fill this in.
+      stages: blocks per stage; `resnet18`, `resnet34` and `resnet50` fill this in.
       channels: channels per stage at width 1, one number per stage.
       stem: "imagenet" is a 7×7 convolution of stride 2 and a 3×3 max pool of stride 2, for images of about 100 pixels
         and more; "cifar" is one 3×3 convolution, for about 32 pixels.
+      block: "basic" or "bottleneck".
       momentum: share of the running statistics that one step keeps.
       dtype: dtype of the computation and of the features; None means float32. Parameters are always float32.
 
@@ -38,7 +40,7 @@ class ResNet(nn.Module):
       train: whether to train (batch statistics) or to evaluate (running statistics).
 
     Returns:
-      (batch, floor(channels[-1] · width)).
+      (batch, floor(channels[-1] · width)), four times as many channels with bottlenecks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,14 +50,16 @@ class ResNet(nn.Module):
       >>> jax.eval_shape(lambda v, x: backbone.apply(v, x, train=False), variables, images).shape
       (2, 256)
 
-    Reference: He et al. 2016. With the stem "imagenet", layer for layer torchvision's resnet18 and resnet34 without
-    their last layer (11,176,512 and 21,284,672 parameters).
+    Reference: He et al. 2016. With the stem "imagenet", layer for layer torchvision's resnet18, resnet34 and
+    resnet50 without their last layer (11,176,512, 21,284,672 and 23,508,032 parameters); `pae.models.load_weights`
+    reads theirs.
     """
 
     width: float = 1.0
     stages: Sequence[int] = (2, 2, 2, 2)
     channels: Sequence[int] = (64, 128, 256, 512)
     stem: Literal["imagenet", "cifar"] = "imagenet"
+    block: Literal["basic", "bottleneck"] = "basic"
     momentum: float = 0.9
     dtype: DTypeLike | None = None
 
@@ -64,15 +68,19 @@ class ResNet(nn.Module):
         """Return the features of `images`."""
         if images.ndim != 4:
             raise StructureError("images", "", images.shape, "(batch, height, width, channels)")
-        if len(self.stages) != len(self.channels) or self.stem not in ("imagenet", "cifar"):
+        if len(self.stages) != len(self.channels):
             raise ArgumentError(
-                f"ResNet: found stages {self.stages}, channels {self.channels}, stem {self.stem!r}; "
-                "expected one number of channels per stage and the stem 'imagenet' or 'cifar'."
+                f"ResNet: found stages {self.stages} and channels {self.channels}; expected one number of channels per "
+                "stage."
             )
+        for name, value, choices in (("stem", self.stem, _STEMS), ("block", self.block, _BLOCKS)):
+            if value not in choices:
+                raise ArgumentError(f"ResNet: found {name} {value!r}; expected one of {', '.join(map(repr, choices))}.")
         # Half of the padding on each side, as in the paper: 'SAME' would put all of an odd padding at the far side.
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         conv = functools.partial(Conv, use_bias=False, kernel_init=init, dtype=self.dtype)
         norm = functools.partial(nn.BatchNorm, not train, momentum=self.momentum, epsilon=1e-5, dtype=self.dtype)
+        layers = functools.partial(_Block, conv, norm, self.block == "bottleneck")
 
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         stem = conv(scaled(self.channels[0], self.width), (size, size), stride, size // 2, name="Conv_stem")
@@ -82,30 +90,45 @@ class ResNet(nn.Module):
         for stage, (blocks, channels) in enumerate(zip(self.stages, self.channels, strict=True), start=1):
             for block in range(1, blocks + 1):
                 halve = stage > 1 and block == 1
-                x = _Block(conv, norm, scaled(channels, self.width), halve, name=f"Block_{stage}_{block}")(x)
+                x = layers(scaled(channels, self.width), halve, block == 1, name=f"Block_{stage}_{block}")(x)
         return x.mean(axis=(1, 2))
 
 
 resnet18 = functools.partial(ResNet, stages=(2, 2, 2, 2))
 resnet34 = functools.partial(ResNet, stages=(3, 4, 6, 3))
+resnet50 = functools.partial(ResNet, stages=(3, 4, 6, 3), block="bottleneck")
+
+_STEMS = ("imagenet", "cifar")
+_BLOCKS = ("basic", "bottleneck")
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions around which the input is added."""
+    """Two or three convolutions with a residual connection."""
 
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    bottleneck: bool
     channels: int
     halve: bool
+    first: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the map of the next block."""
         stride = 2 if self.halve else 1
-        y = self.conv(self.channels, (3, 3), stride, 1, name="Conv_1")(x)
-        y = nn.relu(self.norm(name="BatchNorm_1")(y))
-        y = self.conv(self.channels, (3, 3), 1, 1, name="Conv_2")(y)
-        y = self.norm(name="BatchNorm_2")(y)
-        if self.halve:
-            x = self.conv(self.channels, (1, 1), stride, 0, name="Conv_shortcut")(x)
+        # (channels, kernel size, stride, padding) of each convolution
+        if self.bottleneck:
+            out = 4 * self.channels
+            layers = ((self.channels, 1, 1, 0), (self.channels, 3, stride, 1), (out, 1, 1, 0))
+        else:
+            out = self.channels
+            layers = ((out, 3, stride, 1), (out, 3, 1, 1))
+        y = x
+        for number, (channels, size, step, padding) in enumerate(layers, start=1):
+            y = nn.relu(y) if number > 1 else y
+            y = self.conv(channels, (size, size), step, padding, name=f"Conv_{number}")(y)
+            y = self.norm(name=f"BatchNorm_{number}")(y)
+        if self.halve or (self.bottleneck and self.first):
+            x = self.conv(out, (1, 1), stride, 0, name="Conv_shortcut")(x)
             x = self.norm(name="BatchNorm_shortcut")(x)
         return nn.relu(x + y)

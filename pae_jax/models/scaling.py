@@ -1,4 +1,4 @@
-"""The one rule by which every shipped backbone grows: floor(channels · width)."""
+"""The rule by which every shipped backbone scales with the width: floor(channels · width)."""
 
 from __future__ import annotations
 

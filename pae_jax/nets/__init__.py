@@ -14,7 +14,10 @@ from pae_jax.nets.modes import mode_arguments as mode_arguments
 from pae_jax.nets.network import Net as Net
 from pae_jax.nets.network import Rngs as Rngs
 from pae_jax.nets.network import batch_size as batch_size
+from pae_jax.nets.network import layout as layout
 from pae_jax.nets.network import width_for as width_for
 from pae_jax.nets.nnx import merged as merged
 from pae_jax.nets.nnx import nnx as nnx
 from pae_jax.nets.nnx import variables_of as variables_of
+from pae_jax.nets.variables import own_variables as own_variables
+from pae_jax.nets.variables import plain_variables as plain_variables

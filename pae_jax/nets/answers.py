@@ -1,4 +1,4 @@
-"""Whether a model answers for one example at a time: no random numbers, no influence of its neighbours in the batch."""
+"""Check that a model's outputs use no random numbers and depend on no other example of the batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 
 
 def require_single_answers(net: Net, head: Any, width: float) -> None:
-    """Raise `StructureError` where evaluation draws random numbers or mixes the examples of a batch.
+    """Raise `StructureError` if evaluation draws random numbers or mixes the examples of a batch.
 
-    Backbone and head are tried at random weights: the first example twice, beside other neighbours and with other keys.
+    Backbone and head run with random weights: the first example twice, with different other examples and keys.
     """
     if net.couples_examples:
         return
@@ -81,7 +81,7 @@ def _ask(name: str, program: Program, inputs: tuple[Tree, Tree], sample: Tree) -
 
 
 def _answers(program: Program, sample: Tree, inputs: Tree) -> Callable[[Tree, int], list[np.ndarray]]:
-    """Return `(x, seed) -> outputs of the first example`, at random weights that hide nothing behind zeros."""
+    """Return `(x, seed) -> outputs of the first example`, at random weights without zeros that hide an influence."""
 
     def run(variables: Tree, x: Tree, seed: np.ndarray) -> Tree:
         out, _ = program.apply(variables, x, False, jax.random.key(seed))
@@ -89,7 +89,7 @@ def _answers(program: Program, sample: Tree, inputs: Tree) -> Callable[[Tree, in
 
     shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
     variables = jax.tree_util.tree_map_with_path(_weights, shapes)
-    # Compiled and called by hand, on arrays of the host, so that `pack` itself may be traced.
+    # Compiled and called explicitly, on host arrays, so that `pack` itself may be traced.
     compiled = jax.jit(run).lower(variables, inputs, np.uint32(0)).compile(compiler_options=_QUICK)
     return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(variables, x, np.uint32(seed)))]
 

@@ -33,7 +33,7 @@ def apply_task(net: Net, width: float, head: Any) -> Callable[[Tree, Tree, Tree,
 def task_function(
     net: Net, width: float, head: Any, train_head: bool = False
 ) -> Callable[[Tree, Tree, Tree, Tree], Tree]:
-    """Return `apply_task` before it is compiled; the head alone may run as in training."""
+    """Return `apply_task` before compilation; optionally only the head runs in training mode."""
     backbone, output = net.program(width), heads.program(head)
 
     def apply(weights: Tree, local: Tree, variables: Tree, x: Tree) -> Tree:

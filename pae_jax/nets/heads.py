@@ -1,4 +1,4 @@
-"""A task's own output layer: a linear layer by default, any Flax module if the user brings one, or none."""
+"""A task's own output layer: a linear layer by default, any Flax module of the user, or none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAYOUTS, _INITS = Cache(64), Cache(8)
 
 
 def check_head(head: Any) -> Any:
-    """Return a head as it is kept: classes as an int, an NNX module as a copy that nobody else changes."""
+    """Return a head in its stored form: classes as an int, an NNX module as a private copy."""
     if head is None or isinstance(head, nn.Module):
         return head
     if isinstance(head, nnx.Module):
@@ -33,7 +33,7 @@ def check_head(head: Any) -> Any:
 
 
 def key_of(head: Any) -> Any:
-    """Return what tells heads apart in the key of a program; the values of an NNX module are not part of it."""
+    """Return the part of a program's cache key for a head; the values of an NNX module are not part of it."""
     return nnx.split(head)[0] if isinstance(head, nnx.Module) else head
 
 
@@ -42,7 +42,7 @@ def program(head: Any) -> Program:
 
     Args:
       head: number of classes (a linear layer with bias), a Linen module called on the features, an NNX module, whose
-        present values are the initial ones, or None: the features are the output.
+        present values are the initial ones, or None, where the features are the output.
     """
     if head is None:
         return Program(lambda key, x: {}, lambda variables, x, train, rngs: (x, {}), None)
@@ -81,10 +81,10 @@ def initial(net: Net, head: Any, key: jax.Array, width: float) -> Tree:
     def make() -> Any:
         return jax.jit(lambda key: program(head).init(key, zeros(features)))
 
-    # An NNX module brings its values, which are not part of the key.
+    # An NNX module has its own values, which are not part of the key.
     return make()(key) if isinstance(head, nnx.Module) else _INITS.get((net, width, head), make)(key)
 
 
 def describe(head: Any) -> int | str | None:
-    """Return what the metadata of a checkpoint says of a head: its classes, or the name of its module."""
+    """Return the description of a head in checkpoint metadata: its classes, or the name of its module."""
     return head if head is None or isinstance(head, int) else type(head).__name__

@@ -1,4 +1,4 @@
-"""Inputs of a network: checked, and computed whole or in pieces of one size."""
+"""Check inputs of a network, and process them whole or in chunks of one size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pae_jax.trees import Tree, describe, flatten, sketch
 def read_inputs(net: Net, x: Tree) -> Tree:
     """Return inputs as arrays that fit the sample: same tree, same shape after the batch axis, same kind of dtype.
 
-    Lists where the sample has an array become one. Axes that the net names free may have any size. A narrower or wider
-    dtype of the same kind (NumPy's float64 for float32) passes; integers for floats do not, because an image of 0..255
-    instead of 0..1 would train without a word.
+    A list in place of an array is converted to one. Axes in the net's `free_axes` may have any size. A narrower or
+    wider dtype of the same kind (NumPy's float64 for float32) passes; integers for floats do not, because an image of
+    0..255 instead of 0..1 would train without an error.
     """
     structure = jax.tree.structure(net.sample)
     hint = "(x, y) is one pair of arrays; several batches go into a list." if isinstance(x, tuple) else ""
@@ -63,7 +63,7 @@ def checked(net: Net, x: Tree) -> tuple[Tree, int]:
 
 
 def examples(parts: Tree) -> int:
-    """Return the number of examples of a batch; raise `DataError` unless all parts have the same."""
+    """Return the number of examples of a batch; raise `DataError` unless all parts have the same number."""
     lengths = {path: len(leaf) for path, leaf in flatten(parts).items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"the parts of a batch have different numbers of examples: {lengths}; they must be equal")
@@ -95,7 +95,7 @@ def _same_kind(found: Any, expected: Any) -> bool:
 
 
 def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree], Any]) -> Any:
-    """Apply a function to a batch, whole or in pieces of one size, the last one filled up by its first example."""
+    """Apply a function to a batch, whole or in chunks of one size, the last one padded with its first example."""
     x, count = checked(net, x)
     size = None if batch_size is None else check_count("batch_size", batch_size, 1)
     if size is None or count == 0:
@@ -106,7 +106,7 @@ def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree],
 
 
 def powers_of_two(rows: list[int], limit: int | None) -> Iterator[tuple[list[int], int]]:
-    """Yield `(rows, size)`: at most `limit` rows at a time, and the power of two, or limit, to fill them up to."""
+    """Yield `(rows, size)`: at most `limit` rows at a time, and the size to pad them to, a power of two or `limit`."""
     step = limit or len(rows)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
@@ -115,6 +115,6 @@ def powers_of_two(rows: list[int], limit: int | None) -> Iterator[tuple[list[int
 
 
 def filled_rows(host: Tree, rows: Sequence[int], size: int) -> Tree:
-    """Take examples out of a batch and fill up to a size by repeating the first of them."""
+    """Select examples of a batch and pad to a size by repeating the first of them."""
     index = np.asarray([*rows, *[rows[0]] * (size - len(rows))])
     return jax.tree.map(lambda leaf: leaf[index], host)

@@ -24,9 +24,10 @@ def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] 
     """Return a Linen module as pure functions of plain variables.
 
     Args:
-      module: called as `module(x)`, with its own word for training if it has one, such as `train` or `deterministic`.
+      module: called as `module(x)`, with its argument for training mode if it has one, such as `train` or
+        `deterministic`.
       call: `(module, x, train) -> output`, for a module that is called otherwise.
-      streams: random streams besides "dropout" that the module draws from, in evaluation too.
+      streams: random streams besides "dropout" that the module draws from, also in evaluation.
     """
     evaluation_rngs = _rngs(jax.random.key(0), streams) if streams else None
     axes: list[str] = []
@@ -66,7 +67,7 @@ def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] 
         try:
             run = lambda: module.apply(variables, *positional, **named, rngs=evaluation_rngs)  # noqa: E731
             return bound(run, axes), {}
-        except flax_errors.ModifyScopeVariableError:  # a cache, say; evaluation changes nothing that is kept
+        except flax_errors.ModifyScopeVariableError:  # such as a cache; evaluation keeps no changed variables
             return module.apply(variables, *positional, **named, rngs=evaluation_rngs, mutable=mutable)[0], {}
         except flax_errors.InvalidRngError as error:
             raise _unnamed_stream(module, error) from error
@@ -80,7 +81,7 @@ def _rngs(key: jax.Array, streams: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def _is_sown(make_without: Callable[[], Any]) -> bool:
-    """Say whether a module only sows into a collection: what is sown is an output, and may be left out."""
+    """Return whether a module only sows into a collection; sown values are outputs and may be left out."""
     try:
         jax.eval_shape(make_without)
     except flax_errors.FlaxError:
@@ -109,22 +110,22 @@ def linen(
 ) -> Net:
     """Describe a Flax Linen backbone.
 
-    Nothing in the model knows about packing; it is any module called as `module(x)` that returns features. If it has an
-    argument `train`, `training`, `is_training`, `deterministic` or `use_running_average`, that is set.
+    The model needs no changes for packing: it is any module called as `module(x)` that returns features. An argument
+    `train`, `training`, `is_training`, `deterministic` or `use_running_average` is set automatically.
 
     Args:
       build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for
-        each width, so a build that should read another setting is another net.
+        each width; if it depends on another setting, describe another net for each value.
       sample: an input batch, any tree of arrays (batch, ...), concrete or abstract. Its shapes and dtypes describe the
-        inputs; its values, if it has any, are what trials of the model use for integers.
+        inputs; its integer values, if it has any, are used in trial runs of the model.
       packable: `(path, leaf) -> bool` over the float leaves of `params`, path like "Conv_0/kernel": True makes the
         leaf a shared weight, False a local variable kept once per task. Default: leaves of two or more axes.
-      call: `(module, x, train) -> features`, for a module that is called otherwise, for instance with several inputs.
+      call: `(module, x, train) -> features`, for a module with another call, for instance with several inputs.
       rngs: names of random streams, besides "dropout", that the module draws from; evaluation draws from a fixed key.
       free_axes: axes of the inputs whose sizes may change from batch to batch, such as `(1,)` for the length of token
-        sequences; a mapping `{path: axes}` where they differ from input to input.
-      couples_examples: accept a model whose answer for an example depends on the others in its batch, which `pack`
-        refuses otherwise: its answers are then the same bits for the same batch alone.
+        sequences; a mapping `{path: axes}` if they differ between inputs.
+      couples_examples: accept a model whose output for an example depends on the other examples in the batch, which
+        `pack` otherwise refuses. Its outputs are then bit-identical only for the same batch.
 
     Returns:
       The network description that every other function takes.

@@ -1,4 +1,4 @@
-"""How a module is called: told that it trains, by the names Flax models give this argument, with its axes bound."""
+"""How a module is called: its training-mode argument, by the names common in Flax models, and its mapped axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVALUATE = ("deterministic", "use_running_average")
 
 
 def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
-    """Return the arguments of a call after x, by position and by name, that put a module into a mode.
+    """Return the arguments of a call after x, by position and by name, that select the mode of a module.
 
     An argument that comes right after x is given by position, which `nn.remat` with static arguments needs.
     """
@@ -29,9 +29,9 @@ def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str,
 
 
 def bound(call: Callable[[], Any], axes: list[str]) -> Any:
-    """Call a module; names of mapped axes that it asks for, as `BatchNorm(axis_name=)` does, are axes of size 1.
+    """Call a module; mapped axes that it uses by name, as in `BatchNorm(axis_name=)`, are bound to size 1.
 
-    What it asked for is remembered in `axes`, so that later calls bind it at once.
+    Their names are recorded in `axes`, so that later calls bind them directly.
     """
     while True:
         mapped = call

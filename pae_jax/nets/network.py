@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.caching import Cache
-from pae_jax.checks import is_traced
+from pae_jax.checks import check_width, is_traced
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.trees import PARAMS, Tree
 
@@ -30,9 +31,9 @@ class Program(NamedTuple):
     Attributes:
       init: `(key, x) -> variables`, `{collection: nested dict}`.
       apply: `(variables, x, train, rngs) -> (output, updates)`; `updates` holds the collections other than `params`
-        after a call in training, what the module sowed included, and is empty when `train` is False.
+        after a call in training, including sown values, and is empty when `train` is False.
       module: the module itself; for NNX an abstract one.
-      call: `(module, x, train) -> output` where the user said how it is called; None otherwise.
+      call: `(module, x, train) -> output` if the user gave one; None otherwise.
     """
 
     init: Callable[[jax.Array, Tree], dict[str, Tree]]
@@ -42,40 +43,71 @@ class Program(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Shapes and dtypes of a backbone at one width."""
+    """Shapes and dtypes of a backbone's variables at one width; `print` it to see what is shared and what is local.
+
+    Attributes:
+      shared: nested dict of the shared weights, which are divided among all tasks.
+      local: `{collection: nested dict}` of the local variables, of which every task has its own.
+      features: the backbone's output for the sample.
+    """
 
     shared: Tree
     local: Tree
     features: Tree
 
+    def __str__(self) -> str:
+        def part(title: str, tree: Tree) -> list[str]:
+            leaves = trees.flatten(tree)
+            numbers = sum(math.prod(leaf.shape) for leaf in leaves.values())
+            lines = [f"  {path}  {trees.describe(leaf)}" for path, leaf in leaves.items()]
+            return [f"{title}: {len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}, {numbers:,} numbers", *lines]
 
-_VECTORS = ("bias", "scale", "offset", "shift", "gain", "alpha", "beta", "gamma", "negative_slope")
+        lines = part("shared", {PARAMS: self.shared}) + part("local, once per task", self.local)
+        return "\n".join([*lines, f"features: {trees.sketch(self.features)}"])
+
+
+_KERNELS = frozenset({"kernel", "kernels", "embedding", "embeddings", "table"})
+_VECTORS = frozenset(
+    ("bias", "biases", "scale", "scales", "offset", "shift", "gain", "alpha", "beta", "gamma", "slope", "slopes",
+     "temperature")
+)  # fmt: skip
+_NORMS = frozenset({"bn", "ln", "gn", "rms"})
 
 
 def kernels_and_embeddings(path: str, leaf: Any) -> bool:
-    """Say which leaves of `params` are shared by default: kernels and embeddings, of two or more axes.
+    """Return whether a leaf of `params` is shared by default: kernels and embeddings, of two or more axes.
 
-    Biases, scales and whatever a norm holds stay with the task, also where stacked layers or attention heads give them
-    a second axis.
+    Biases, scales, slopes and variables of norms are local, even if stacked layers or attention heads give them a
+    second axis. A leaf named kernel, embedding or table counts as one.
     """
     *modules, name = path.lower().split("/")
-    return len(leaf.shape) >= 2 and name not in _VECTORS and not any("norm" in module for module in modules[-1:])
+    words = _words(name)
+    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    if words & _KERNELS:
+        return True
+    module = modules[-1] if modules else ""
+    return not (words & _VECTORS or name == "b" or "norm" in module or _words(module) & _NORMS)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name))
 
 
 @dataclass(frozen=True, eq=False)
 class Net:
-    """A backbone that exists at every width; made by `pae.linen` or `pae.nnx`.
+    """A backbone at every width; made by `pae.linen` or `pae.nnx`.
 
     Attributes:
       build: `width -> Program`; called once per width.
       sample: abstract input batch.
-      example: the input batch with its values, None where the sample had none.
+      example: the input batch with its values, None if the sample had none.
       packable: `(path in params, leaf) -> bool`: which float leaves are shared weights.
       free_axes: `{path of an input: axes}` whose sizes may change from batch to batch, the batch axis not counted.
-      source: what to call the model in messages.
+      source: name of the model in messages.
       kind: "linen" or "nnx".
-      rngs: streams of random numbers that evaluation draws too, from a fixed key.
-      couples_examples: whether an answer may depend on the other examples of the batch.
+      rngs: random streams that evaluation also draws from, with a fixed key.
+      couples_examples: whether an output may depend on the other examples of the batch.
     """
 
     build: Callable[[float], Program]
@@ -100,7 +132,7 @@ class Net:
         return _LAYOUTS.get((self, width), lambda: self._layout(width))
 
     def initial(self, key: jax.Array, width: float) -> tuple[Tree, Tree]:
-        """Draw `(shared, local)` as the model initialises itself."""
+        """Draw `(shared, local)` with the model's own initialisers."""
         return _INITS.get((self, width), lambda: jax.jit(lambda key: self._initial(key, width)))(key)
 
     def split(self, variables: dict[str, Tree]) -> tuple[Tree, Tree]:
@@ -125,6 +157,36 @@ class Net:
         return Layout(shared, local, features)
 
 
+def layout(net: Net, width: float = 1.0) -> Layout:
+    """Return which variables of a backbone are shared and which are local to each task; nothing is computed.
+
+    Kernels and embeddings are shared: float leaves of `params` of two or more axes. All other variables are local:
+    biases, norms, statistics. `packable=` of `pae.linen` and `pae.nnx` overrides this.
+
+    Args:
+      net: from `pae.linen` or `pae.nnx`.
+      width: channel factor handed to `build`, positive.
+
+    Returns:
+      The layout; its text has one line per leaf.
+
+    Raises:
+      StructureError: the model has no shareable leaf, or a leaf that cannot be handled (named).
+      ArgumentError: width is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(lambda width: pae.models.MLP(width, (8,)), jnp.zeros((1, 4)))
+      >>> print(pae.layout(net))
+      shared: 1 leaf, 32 numbers
+        params/Dense_0/kernel  float32[4,8]
+      local, once per task: 1 leaf, 8 numbers
+        params/Dense_0/bias  float32[8]
+      features: float32[1,8]
+    """
+    return net.layout(check_width(width))
+
+
 def batch_size(tree: Tree) -> int:
     """Return the length of the leading axis of a batch."""
     return jax.tree.leaves(tree)[0].shape[0]
@@ -142,7 +204,7 @@ def require_batch_axis(outputs: Tree, count: int, source: str, what: str) -> Non
 
 
 def require_module(model: Any, kind: type, source: str, hint: str) -> Any:
-    """Return what a builder made, or raise `StructureError` unless it is a module of a kind."""
+    """Return the module that a builder made; raise `StructureError` if it is of another kind."""
     if not isinstance(model, kind):
         raise StructureError(source, "", type(model).__name__, f"a {kind.__module__}.{kind.__name__}", hint)
     return model
@@ -154,7 +216,7 @@ def zeros(sample: Tree) -> Tree:
 
 
 def read_sample(sample: Tree) -> tuple[Tree, Tree]:
-    """Return a sample batch as shapes and dtypes, and with its values, None if it has none."""
+    """Return the shapes and dtypes of a sample batch, and the batch with its values, None if it has none."""
     arrays = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else np.asarray(leaf), sample)
     shapes = [leaf.shape for leaf in jax.tree.leaves(arrays)]
     if not shapes or not all(shapes):
@@ -213,11 +275,11 @@ def _initial_shapes(program: Program, sample: Tree) -> dict[str, Tree]:
 
 
 def _require_no_batch_axis(program: Program, sample: Tree, variables: dict[str, Tree], source: str) -> None:
-    """Raise `StructureError` where a variable has another shape in another batch: no other batch could use it."""
+    """Raise `StructureError` if a variable's shape depends on the batch size: no other batch could use it."""
     larger = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype), sample)
     try:
         others = trees.flatten(_initial_shapes(program, larger))
-    except Exception:  # a model for one batch size alone, which says so itself when it gets another
+    except Exception:  # a model for a single batch size; it raises its own error for another size
         return
     for path, leaf in trees.flatten(variables).items():
         if path in others and others[path].shape != leaf.shape:
@@ -237,6 +299,9 @@ def _require_supported(variables: dict[str, Tree], source: str) -> None:
         trained = path.split("/", 1)[0] == PARAMS
         if not numeric or (trained and not jnp.issubdtype(leaf.dtype, jnp.floating)):
             expected = "a float array, because params are trained" if trained else "a numeric array"
-            raise StructureError(
-                source, path, trees.describe(leaf), expected, "Keep such values out of the module's variables."
-            )
+            hint = "Keep such values out of the module's variables."
+            if trained and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                hint = "Keep real and imaginary part as two float parameters, and join them by jax.lax.complex."
+            elif trained:
+                hint = 'Keep it in another collection, as self.variable("constants", ...) or a plain nnx.Variable do.'
+            raise StructureError(source, path, trees.describe(leaf), expected, hint)

@@ -10,33 +10,35 @@ import jax.numpy as jnp
 from flax import nnx as fnnx
 from flax import traverse_util
 
+from pae_jax.checks import is_traced
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import network
 from pae_jax.nets.modes import bound, mode_arguments
 from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
 from pae_jax.trees import PARAMS, Tree
 
+CONSTANTS = "constants"
 _COLLECTIONS = ((fnnx.Param, PARAMS), (fnnx.BatchStat, "batch_stats"))
 
 
 def program(make: Callable[[jax.Array], fnnx.Module], call: Callable[[Any, Tree, bool], Tree] | None = None) -> Program:
     """Return an NNX module as pure functions of plain variables.
 
-    The variables are sorted into collections named as in Linen. Random state of the module (dropout) is not a
-    variable: it is set from the explicit key at every call. Its mode is set by `.train()` and `.eval()`.
+    The variables are sorted into collections named as in Linen. Random state of the module (dropout) is not a variable;
+    every call sets it from the explicit key. `.train()` and `.eval()` set the mode.
 
     Args:
       make: `key -> module`; called abstractly once to learn the graph.
       call: `(module, x, train) -> output`, for a module that is called otherwise.
     """
-    abstract = fnnx.eval_shape(lambda: make(jax.random.key(0)))
+    abstract = fnnx.eval_shape(lambda: _with_constants(make(jax.random.key(0))))
     graph, state = fnnx.split(abstract)
     flat = list(fnnx.to_flat_state(state))
     axes: list[str] = []
 
     def init(key: jax.Array, x: Tree) -> dict[str, Tree]:
         del x
-        return variables_of(make(key))
+        return variables_of(_with_constants(make(key)))
 
     def apply(variables: dict[str, Tree], x: Tree, train: bool, rngs: Rngs) -> tuple[Tree, dict[str, Tree]]:
         key = next(iter(rngs.values()), None) if isinstance(rngs, Mapping) else rngs
@@ -62,33 +64,53 @@ def program(make: Callable[[jax.Array], fnnx.Module], call: Callable[[Any, Tree,
     return Program(init, apply, abstract, call)
 
 
+def _with_constants(module: fnnx.Module) -> fnnx.Module:
+    """Return a module whose attributes that are tracers are data, as other arrays are in Flax."""
+    for _, part in fnnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if is_traced(value) and isinstance(value, jax.Array):
+                setattr(part, name, fnnx.data(value))
+    return module
+
+
 def merged(graph: Any, flat: Sequence[tuple[Any, Any]], variables: dict[str, Tree], key: jax.Array) -> Any:
-    """Return an NNX module that holds plain variables, its random streams set from a key."""
+    """Return an NNX module with the given plain variables, and random streams set from a key."""
     values: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(variables))
 
-    def value(index: int, path: tuple[Any, ...], leaf: fnnx.Variable) -> jax.Array:
-        return _random(leaf, key, index) if isinstance(leaf, fnnx.RngState) else values[variable_path(path, leaf)]
+    def filled(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, fnnx.RngState):
+            return leaf.replace(_random(leaf, key, index))
+        value = values.get(variable_path(path, leaf))  # None if the module has None
+        return leaf.replace(value) if isinstance(leaf, fnnx.Variable) else value
 
-    leaves = [(path, leaf.replace(value(i, path, leaf))) for i, (path, leaf) in enumerate(flat)]
+    leaves = [(path, filled(i, path, leaf)) for i, (path, leaf) in enumerate(flat)]
     return fnnx.merge(graph, fnnx.from_flat_state(leaves))
 
 
 def variables_of(module: fnnx.Module | fnnx.State) -> dict[str, Tree]:
-    """Return the variables of an NNX module, or of its state, as plain nested dicts; random streams are left out."""
+    """Return the variables of an NNX module, or of its state, as plain nested dicts.
+
+    Arrays that are plain attributes, not variables, are in the collection "constants". Random streams and None are left
+    out.
+    """
     state = module if isinstance(module, fnnx.State) else fnnx.split(module)[1]
-    flat = fnnx.to_flat_state(state)
-    kept = {variable_path(path, leaf): leaf.get_value() for path, leaf in flat if not isinstance(leaf, fnnx.RngState)}
-    return traverse_util.unflatten_dict(kept)
+    flat = [(path, leaf) for path, leaf in fnnx.to_flat_state(state) if not isinstance(leaf, fnnx.RngState)]
+    found = {variable_path(path, leaf): _value(leaf) for path, leaf in flat}
+    return traverse_util.unflatten_dict({path: value for path, value in found.items() if value is not None})
 
 
-def variable_path(path: tuple[Any, ...], leaf: fnnx.Variable) -> tuple[str, ...]:
-    """Return collection and path as strings; NNX uses integers for the items of lists."""
-    collection = next((name for kind, name in _COLLECTIONS if isinstance(leaf, kind)), type(leaf).__name__)
-    return (collection, *map(str, path))
+def variable_path(path: tuple[Any, ...], leaf: Any) -> tuple[str, ...]:
+    """Return collection and path as strings; NNX uses integers for list items."""
+    other = type(leaf).__name__ if isinstance(leaf, fnnx.Variable) else CONSTANTS
+    return (next((name for kind, name in _COLLECTIONS if isinstance(leaf, kind)), other), *map(str, path))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, fnnx.Variable) else leaf
 
 
 def _random(leaf: fnnx.RngState, key: jax.Array, index: int) -> jax.Array:
-    """Return the value of a random stream for this call: its own key, and a counter at 0; stacked layers have many."""
+    """Return the value of a random stream for this call: its own key, a counter at 0; stacked layers have several."""
     shape = leaf.get_value().shape
     if isinstance(leaf, fnnx.RngKey):
         own = jax.random.fold_in(key, index)
@@ -107,13 +129,14 @@ def nnx(
 ) -> Net:
     """Describe a Flax NNX backbone.
 
-    Nothing in the model knows about packing; it is any module called as `module(x)` that returns features. Its mode is
-    set by `.train()` and `.eval()`, and by an argument `train` or the like if it has one. `nnx.Param` variables become
+    The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its mode is
+    set by `.train()` and `.eval()`, and by an argument such as `train` if it has one. `nnx.Param` variables become
     `params`, `nnx.BatchStat` variables `batch_stats`.
 
     Args:
-      build: `(width, rngs) -> flax.nnx.Module`, or `rngs=` alone by name; width is a channel factor, 1.0 the nominal
-        network. It is called once for each width, so a build that should read another setting is another net.
+      build: `(width, rngs) -> flax.nnx.Module`, or with `rngs` passed by name; width is a channel factor, 1.0 the
+        nominal network. It is called once for each width; if it depends on another setting, describe another net for
+        each value.
       sample: as for `pae.linen`.
       packable: as for `pae.linen`; paths like "layers/0/kernel".
       call: as for `pae.linen`.

@@ -1,17 +1,19 @@
-"""Tables and pictures: who owns what, and how large it is."""
+"""Tables and plots of weight ownership and sizes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from pae_jax.reports.ownership_table import report as report
+from pae_jax.reports.page import text_table as text_table
+from pae_jax.reports.page import write_page as write_page
 
 if TYPE_CHECKING:
     from pae_jax.reports.plotting import Picture as Picture
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs matplotlib only when it is asked for."""
+    """Import modules that need matplotlib only on access."""
     if name == "Picture":
         from pae_jax.reports.plotting import Picture
 

@@ -1,4 +1,4 @@
-"""Who owns what: a table, its rows, and a picture."""
+"""Weight ownership of a network: a table, its rows and a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Report:
     Attributes:
       rows: one dict per task in order of learning, and a last one for the free weights: `task`, `id`, `phase`,
         `width`, `sharing`, `weights`, `share` (of all shared weights, in [0, 1]), `sees` (weights that take part in
-        the task's forward pass).
+        the task's forward pass), `zero` (its weights that are exactly 0: they are owned but have no effect; in a
+        trained task they never had a gradient).
       leaves: per leaf path the weights of each owner, int64 (tasks + 1,), free ones first.
       width: present channel factor.
     """
@@ -71,7 +72,7 @@ class Report:
 
 
 def report(state: State) -> Report:
-    """Tell who owns what.
+    """Report which task owns which weights.
 
     Args:
       state: the network.
@@ -104,11 +105,18 @@ def report(state: State) -> Report:
                 "weights": int(totals[entry.id]),
                 "share": float(totals[entry.id] / totals.sum()),
                 "sees": _seen(state, entry, totals),
+                "zero": _zeros(state, entry),
             }
         )
-    free = {"task": "(free)", "id": "", "phase": "", "width": None, "sharing": "", "sees": None}
+    free = {"task": "(free)", "id": "", "phase": "", "width": None, "sharing": "", "sees": None, "zero": None}
     rows.append(free | {"weights": int(totals[0]), "share": float(totals[0] / totals.sum())})
     return Report(rows, leaves, state.width)
+
+
+def _zeros(state: State, entry: TaskState) -> int:
+    """Count the weights of a task that are exactly 0."""
+    pairs = zip(jax.tree.leaves(state.shared), jax.tree.leaves(state.owner), strict=True)
+    return sum(int(((w == 0) & (o == entry.id)).sum()) for w, o in pairs)
 
 
 def _seen(state: State, entry: TaskState, totals: np.ndarray) -> int:

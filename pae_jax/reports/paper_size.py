@@ -1,4 +1,4 @@
-"""The published size of a packed network: PAE's formula, from owner counts alone."""
+"""Size of a packed network by PAE's published formula, from owner counts alone."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _OWNED = _VALUE + 1
 
 @dataclass(frozen=True)
 class Counts:
-    """What the paper's formula takes of one task; all are numbers of values, at the task's width.
+    """Inputs of the paper's formula for one task; all are counts of values at the task's width.
 
     Attributes:
       task: name.
       own: shared weights that the task owns.
       older: weights of older tasks that it uses; None means all that the tasks before it in the list own.
-      norms: norm offsets, scales and statistics (PAE: 3 per channel), and any other local variable but biases.
+      norms: norm offsets, scales and statistics (PAE: 3 per channel), and all other local variables except biases.
       biases: biases of layers with shared weights.
       kernels: arrays of shared weights.
       head: weights and biases of the head; 0 if it is not counted.
@@ -67,21 +67,21 @@ class Counts:
 def paper(source: State | Sequence[Counts], *, without_head: str | Collection[str] = ()) -> Sizes:
     """Return the size by the formula of PAE's authors, from owner counts alone.
 
-    Of task k: `5 own_k + 4 (norms_k + biases_k + kernels) + 4 head_k` bytes. An owned weight takes 4 bytes and 1 of
-    its mask, and each kernel one scalar threshold per task. Free weights and their mask bytes are not counted.
+    Of task k: `5 own_k + 4 (norms_k + biases_k + kernels) + 4 head_k` bytes. An owned weight takes 4 bytes plus 1 mask
+    byte, and each kernel one scalar threshold per task. Free weights and their mask bytes are not counted.
 
     Args:
       source: a state, whose owners, local variables and heads are counted; or the counts of its tasks, in order.
       without_head: task, or tasks, whose head is left out, as the authors leave out the 8631 identities of FaceNet.
 
     Returns:
-      One row per task: `weights`, `masks`, `norms`, `biases`, `thresholds`, `head`, their sum `bytes` (the part of the
-      task alone), `shared` (5 bytes for each older weight that it uses), `inference = shared + bytes`, and
-      `whole_masks` (1 byte per weight of the task's width). The total is the sum of `bytes`.
+      One row per task: `weights`, `masks`, `norms`, `biases`, `thresholds`, `head`, their sum `bytes` (the task's own
+      part), `shared` (5 bytes for each older weight that it uses), `inference = shared + bytes`, and `whole_masks` (1
+      byte per weight of the task's width). The total is the sum of `bytes`.
 
     Raises:
       UnknownTaskError: `without_head` names a task that does not exist.
-      ArgumentError: a name twice.
+      ArgumentError: a repeated task name.
 
     Example:
       >>> from pae_jax.reports import sizes
@@ -129,9 +129,9 @@ def paper(source: State | Sequence[Counts], *, without_head: str | Collection[st
 
 
 def count(state: State) -> list[Counts]:
-    """Return what `paper` takes of each task of a state, in order of learning.
+    """Return the inputs of `paper` for each task of a state, in order of learning.
 
-    A bias is a local variable beside a shared weight in one layer; all other local variables count as `norms`.
+    A bias is a local variable in a layer with a shared weight; all other local variables count as `norms`.
 
     Args:
       state: the network.
@@ -172,7 +172,7 @@ def csv_columns(sizes: Sizes, task: str) -> dict[str, float]:
     """Return the size columns of the reference's result files for one task.
 
     Args:
-      sizes: what `paper` returned.
+      sizes: the result of `paper`.
       task: name of a task.
 
     Returns:

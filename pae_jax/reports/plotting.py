@@ -1,4 +1,4 @@
-"""Figures that show themselves in a notebook; needs the `plot` extra, so it is imported where a plot is made."""
+"""Figures that notebooks display; needs the `plot` extra, so import this module only to make a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 class Picture(Figure):
-    """A matplotlib figure apart from pyplot's global state, with the PNG that notebooks ask for."""
+    """A matplotlib figure outside pyplot's global state, with a PNG representation for notebooks."""
 
     def __init__(self, width: float, height: float):
         super().__init__(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""`Sizes`: a table of bytes that says what they are, and the bytes of trees of arrays."""
+"""`Sizes`: a table of bytes with the kind of size, and the bytes of trees of arrays."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class Sizes:
 
     Attributes:
       kind: "paper", "stored" or "dense".
-      what: what was counted, in words.
-      rows: one dict per part: `part` (a task, or another part in parentheses), `bytes`, and the bytes it consists of.
-      notes: what is left out or differs, in words.
+      what: description of the counted items.
+      rows: one dict per part: `part` (a task, or another part in parentheses), `bytes`, and the bytes of its
+        components.
+      notes: remarks on what is left out or differs.
     """
 
     kind: Literal["paper", "stored", "dense"]
@@ -48,7 +49,7 @@ class Sizes:
     def __str__(self) -> str:
         unit, size = ("MiB", MB) if self.total >= MB else ("KiB", 2**10)
         keys = list(dict.fromkeys(key for row in self.rows for key in row if key not in ("part", "bytes")))
-        # What a row consists of stands before its sum, what it is compared with after.
+        # The components of a row come before its sum, values for comparison after it.
         keys = [key for key in keys if key not in _BESIDES] + ["bytes"] + [key for key in keys if key in _BESIDES]
         rows = [*self.rows, {"part": "total", "bytes": self.total}]
         cells = [["", *(unit if key == "bytes" else key.replace("_", " ") for key in keys)]]

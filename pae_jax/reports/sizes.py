@@ -1,7 +1,7 @@
 """How large a network is, in three ways: `paper` (the published formula), `stored` (on disk) and `dense` (in memory).
 
-They differ much for one and the same network, so a `Sizes` always says which one it is. Sizes are bytes; tables show
-KiB or MiB. The paper's MB is the MiB, 2^20 bytes.
+They differ greatly for the same network, so a `Sizes` always states its kind. Sizes are bytes; tables show KiB or MiB.
+The paper's MB is the MiB, 2^20 bytes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def stored(path: str | Path) -> Sizes:
       path: a folder written by `pae.save`.
 
     Returns:
-      The bytes of its files: `(arrays)`, which Orbax compresses, and `(metadata)`: what the arrays mean, their names,
-      shapes and checksums, and what was handed to `save`.
+      The bytes of its files: `(arrays)`, which Orbax compresses, and `(metadata)`: the meaning, names, shapes and
+      checksums of the arrays, and the metadata given to `save`.
 
     Raises:
-      CheckpointError: no complete stage of this library.
+      CheckpointError: not a complete stage of this library.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, pae_jax as pae
@@ -69,9 +69,9 @@ def stored(path: str | Path) -> Sizes:
 
 
 def stored_estimate(state: State) -> Sizes:
-    """Return what a stage needs at least: values where somebody owns them, and who does.
+    """Estimate the smallest size of a stage: the owned weights and the owner map.
 
-    `sum over owned weights of their bytes + ceil(log2(T + 1)) bits per weight for the owners of T tasks`, a bit per
+    `sum over owned weights of their bytes + ceil(log2(T + 1)) bits per weight for the owners of T tasks`, one bit per
     older weight for a task that picks (2 if ternary; 4 bytes, its score, until it is frozen), and each task's local
     variables and head.
 
@@ -79,8 +79,8 @@ def stored_estimate(state: State) -> Sizes:
       state: the network.
 
     Returns:
-      One row per task, `(owner map)`, and, where there are any, `(expansions)` and `(backbone)`: the local variables
-      that tasks start from, and before the first task the weights.
+      One row per task, `(owner map)`, and, if there are any, `(expansions)` and `(backbone)`: the local variables that
+      tasks start from, and also the weights as long as there is no task.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -112,7 +112,7 @@ def stored_estimate(state: State) -> Sizes:
     rows.append({"part": "(owner map)", "bytes": -(-values(state.owner) * bits // 8)})
     if state.growth:
         rows.append({"part": "(expansions)", "bytes": sum(len(json.dumps(g.maps.to_json())) for g in state.growth)})
-    # Before the first task nobody owns the weights that `init` drew or that were learned elsewhere.
+    # Before the first task, no task owns the weights that were drawn by `init` or pretrained.
     backbone = nbytes(state.local) + (0 if state.tasks else nbytes(state.shared))
     if backbone:
         rows.append({"part": "(backbone)", "bytes": backbone})
@@ -124,7 +124,7 @@ def stored_estimate(state: State) -> Sizes:
 
 
 def deployed(state: State, task: str) -> Sizes:
-    """Return what is needed to run one task alone, nothing of the others.
+    """Return the bytes needed to run one task alone.
 
     `(bytes of the visible weights) + 1 bit per weight of the task's width, visible or not + local variables + head`.
 
@@ -163,14 +163,14 @@ def deployed(state: State, task: str) -> Sizes:
 
 
 def dense(state: State) -> Sizes:
-    """Return the bytes of all arrays of a state, as they lie in memory.
+    """Return the bytes of all arrays of a state in memory.
 
     Args:
       state: the network; its arrays may be abstract.
 
     Returns:
-      One row per task (`picks`, `local`, `head`, `digests`), `(shared weights)`, `(owner ids)` and, where there are
-      any, `(backbone)`, the local variables that tasks start from.
+      One row per task (`picks`, `local`, `head`, `digests`), `(shared weights)`, `(owner ids)` and, if there are any,
+      `(backbone)`, the local variables that tasks start from.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -241,7 +241,7 @@ def _pick_bytes(state: State, entry: TaskState) -> int:
 
 
 def _describes(file: Path) -> bool:
-    """Say whether a file of a stage holds no values: Orbax's own names, and the markers of a complete stage."""
+    """Return whether a file of a stage holds no values: Orbax's own metadata, and the markers of a complete stage."""
     return (
         file.name.startswith("_")
         or file.name in ("manifest.ocdbt", "commit_success.txt", "orbax.checkpoint")

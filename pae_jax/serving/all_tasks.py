@@ -1,8 +1,9 @@
-"""One compiled program for all tasks on one batch, and how sure each task is of its answer.
+"""One compiled program for all tasks on one batch, and the confidence of each task.
 
-Either every task's own weights are operands, and the program holds one copy of the backbone per task: no work but the
-forward passes, while compilation grows with the tasks. Or the shared weights are operands, and the program holds one
-backbone per width, mapped over task ids that are traced: it masks the weights on the way.
+There are two variants. If every task's own weights are operands, the program contains one copy of the backbone per
+task: it does no work but the forward passes, but its compile time grows with the number of tasks. If the shared weights
+are operands, the program contains one backbone per width, mapped over traced task ids, and masks the weights at run
+time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pae_jax.core import State, TaskState, ownership
 from pae_jax.nets import Net, apply_backbone, apply_task, heads
 from pae_jax.trees import Tree
 
-By = Literal["confidence", "entropy"]
+By = Literal["confidence", "entropy", "gradient"]
 _TOGETHER = Cache(8)
 
 Program = Callable[[Any, Tree], tuple[list[jax.Array], dict[str, jax.Array]]]
@@ -28,13 +29,14 @@ Program = Callable[[Any, Tree], tuple[list[jax.Array], dict[str, jax.Array]]]
 
 
 class Inference(NamedTuple):
-    """Which task each input seems to belong to.
+    """The inferred task of each input.
 
     Attributes:
       tasks: names of the chosen tasks, one per example; a single one with `per="batch"`.
-      scores: float32 (examples, tasks), columns in the order of `Server.tasks`, in [0, 1]: the largest is chosen. One
-        row, the mean over the examples, with `per="batch"`.
-      logits: `{task: logits (examples, ..., classes)}` of every task, chosen or not.
+      scores: float32 (examples, tasks), columns in the order of `Server.tasks`: the task with the largest score is
+        chosen. In [0, 1], except for `by="gradient"`. One row, the mean over the examples, with `per="batch"`.
+      logits: `{task: logits (examples, ..., classes)}` of every task, chosen or not; empty with `by="gradient"`, which
+        does not compute them.
     """
 
     tasks: list[str]
@@ -43,15 +45,45 @@ class Inference(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What tasks must have in common to be mapped over by one loop; their heads may differ."""
+    """Properties that tasks must share to be mapped over by one loop; their heads may differ."""
 
     width: float
     sharing: str
     picks: str | None
 
 
+def by_gradient(net: Net, entries: Sequence[TaskState], together: bool) -> Callable[[Any, Tree], jax.Array]:
+    """Return the program of `-dH/da` at `a = 1 / tasks`, float32 (examples, tasks), or (1, tasks) for all together.
+
+    H is the entropy of the softmax of a network whose weights, local variables and head are the sums over all tasks,
+    weighted by a. Its operands are `[(weights, local, head)]`, parallel to the tasks.
+    """
+    first = entries[0]
+    apply = apply_task(net, first.width, first.head_spec)
+
+    def entropy(shares: jax.Array, operands: Any, x: Tree) -> jax.Array:
+        def mixed(*leaves: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+                return leaves[0]
+            return sum((a.astype(w.dtype) * w for a, w in zip(shares, leaves, strict=True)), jnp.zeros_like(leaves[0]))
+
+        weights, local, head = jax.tree.map(mixed, *operands)
+        log_p = jax.nn.log_softmax(apply(weights, local, head, x).astype(jnp.float32), axis=-1)
+        return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1).mean()
+
+    def run(operands: Any, x: Tree) -> jax.Array:
+        equal = jnp.full((len(entries),), 1 / len(entries), jnp.float32)
+        slope = jax.grad(entropy)
+        if together:
+            return -slope(equal, operands, x)[None]
+        return -jax.lax.map(lambda one: slope(equal, operands, jax.tree.map(lambda leaf: leaf[None], one)), x)
+
+    key = (first.width, heads.key_of(first.head_spec), len(entries), together)
+    return _TOGETHER.get(("by gradient", net, key), lambda: jax.jit(run))
+
+
 def at_widths(state: State, entries: Iterable[TaskState]) -> dict[float, State]:
-    """Return `{width: state}` for the widths of tasks: shared weights and owners gathered, and nothing else."""
+    """Return `{width: state}` for the widths of tasks: with only shared weights and owners, gathered at that width."""
 
     def gathered(width: float) -> State:
         shared, owner = (ownership.at_width(state, tree, width) for tree in (state.shared, state.owner))
@@ -73,12 +105,12 @@ def by_weights(net: Net, entries: Sequence[TaskState]) -> Program:
 
 
 def by_id(net: Net, entries: Sequence[TaskState], at: Mapping[float, State]) -> tuple[Program, Any]:
-    """Return the program that masks by task id, and its operands.
+    """Return the program that masks the weights by task id, and its operands.
 
     Args:
       net: the network.
       entries: the tasks.
-      at: what `at_widths` made of them.
+      at: the result of `at_widths` for them.
     """
     positions: dict[_Kind, list[int]] = {}
     for position, entry in enumerate(entries):
@@ -130,7 +162,7 @@ def _scores(logits: jax.Array) -> dict[str, jax.Array]:
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     p = jnp.exp(log_p)
     entropy = -jnp.sum(jnp.where(p == 0, 0.0, p * log_p), axis=-1)  # 0 * log 0 is 0, not NaN
-    certainty = jnp.maximum(1.0 - entropy / math.log(max(logits.shape[-1], 2)), 0.0)  # rounding may fall below 0
+    certainty = jnp.maximum(1.0 - entropy / math.log(max(logits.shape[-1], 2)), 0.0)  # rounding may give less than 0
     found = {"confidence": jnp.max(p, axis=-1), "entropy": certainty}
     return {by: score.mean(axis=tuple(range(1, score.ndim))) for by, score in found.items()}
 
@@ -141,5 +173,5 @@ def grouped(scores: np.ndarray, size: int) -> np.ndarray:
 
 
 def surest(scores: np.ndarray) -> np.ndarray:
-    """Return for each row the column of the largest score, the first of equal ones; NaN is never the largest."""
+    """Return for each row the column of the largest score, the first on ties; NaN is never the largest."""
     return np.where(np.isnan(scores), -np.inf, scores).argmax(axis=1)

@@ -1,7 +1,7 @@
-"""Serving frozen tasks: one of them, all of them, a batch of mixed ones, or the one that an input seems to belong to.
+"""Serve frozen tasks: one task, all tasks, a batch of mixed tasks, or task inference for an input.
 
-What `predict` derives anew at every call (checks, weights at the task's width, masks) is prepared once here. Tasks then
-run through the very function that `predict` compiles, on the same operands, so the bits are the same by construction.
+The work that `predict` repeats at every call (checks, weights at the task's width, masks) is done once here. Tasks then
+run through the function that `predict` compiles, on the same operands, so outputs are bit-identical by construction.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pae_jax.trees import Tree
 
 
 class Server:
-    """Answers for the frozen tasks of a state, which it checks and prepares once.
+    """Serve the frozen tasks of a state, which is checked and prepared once.
 
     Switching tasks compiles nothing: there is one compiled function per width and kind of head. Heads are not padded to
-    one size, because a matrix product of another size may sum in another order and so change bits. Nothing done to the
-    state afterwards reaches the server; for new tasks, make a new one. Digests are not recomputed: see `pae.verify`.
+    one size, because a matrix product of another size may sum in another order and so change bits. Later changes of the
+    network do not affect the server; create a new server for new tasks. Digests are not recomputed: see `pae.verify`.
 
     Attributes:
       tasks: names of the tasks it serves, in order of learning.
       ids: their owner ids, parallel to `tasks`.
-      nbytes: bytes of the weights, or weights and owners, that it keeps.
+      nbytes: bytes of the weights, or of weights and owners, in memory.
 
     Args:
       net: the network description the state was made with.
@@ -40,15 +40,15 @@ class Server:
       tasks: names of the tasks to serve; None takes all that are frozen.
       resident: what is kept in memory. "weights", the fastest: masked weights, one copy of the shared weights per
         task; the program of all tasks together compiles each task's part. "masks": shared weights and owners, one copy
-        per width for any number of tasks; every call masks them first, a pass over all weights, which shows when the
-        batch is small; the program of all tasks together compiles one backbone per width, the task id traced. The bits
-        of `predict` are the same.
+        per width for any number of tasks; every call first masks them, a pass over all weights, which is noticeable for
+        small batches; the program of all tasks together compiles one backbone per width, with a traced task id. The
+        outputs of `predict` have the same bits.
 
     Raises:
       ArgumentError: no task to serve, or `resident` is neither.
       UnknownTaskError: no task of this name.
       PhaseError: a task that is not frozen.
-      StructureError: the state is not one of this network, or damaged.
+      StructureError: the state belongs to another network, or is damaged.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -102,7 +102,7 @@ class Server:
         Args:
           task: name or id of a task.
           x: inputs (batch, ...), NumPy or JAX arrays, shapes and dtypes as in the net's sample.
-          batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+          batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
 
         Returns:
           The head's output (batch, ...).
@@ -120,8 +120,8 @@ class Server:
 
         Args:
           x: as for `predict`.
-          together: run all tasks in one compiled program, not one call per task: no overhead of calls, but a
-            compilation per batch shape, and the last bits may differ from those of `predict`.
+          together: run all tasks in one compiled program instead of one call per task. This saves the overhead of
+            calls, but compiles once per batch shape, and the last bits may differ from `predict`.
           batch_size: as for `predict`.
 
         Returns:
@@ -137,14 +137,14 @@ class Server:
     def predict_mixed(
         self, tasks: Sequence[str | int] | np.ndarray | jax.Array, x: Tree, *, batch_size: int | None = None
     ) -> list[np.ndarray]:
-        """Return for each example the logits of the task it names.
+        """Return for each example the logits of its given task.
 
-        Examples of one task run together, filled up to a power of two, so that few batch shapes compile. An example
-        has no influence on others, but the number of its task's examples may decide the summation order.
+        Examples of one task run together, padded to a power of two, so that few batch shapes compile. Examples do not
+        influence each other, but the number of examples of a task may change the summation order.
 
         Args:
           tasks: one name or id per example.
-          x: as for `predict`; goes through host memory.
+          x: as for `predict`; copied through host memory.
           batch_size: largest number of examples run together; None sets no limit.
 
         Returns:
@@ -170,7 +170,7 @@ class Server:
             apply, operands = self._apply[name], self._operands(name)
             for piece, size in inputs.powers_of_two(own, limit):
                 running.append((piece, apply(*operands, inputs.filled_rows(host, piece, size))))
-        # All pieces are under way before the first result is waited for.
+        # All chunks are dispatched before waiting for the first result.
         found = {row: one for piece, out in running for row, one in zip(piece, np.asarray(out), strict=False)}
         return [found[row] for row in range(count)]
 
@@ -182,34 +182,43 @@ class Server:
         per: Literal["example", "batch"] = "example",
         batch_size: int | None = None,
     ) -> Inference:
-        """Guess which task inputs belong to: run all tasks in one compiled program and take the surest.
+        """Infer the task of inputs: run all tasks in one compiled program and take the most confident one.
 
         With p = softmax(logits) over the C classes of a task's head, its score is max p by "confidence", and
-        1 - H(p) / log C by "entropy", where dividing by log C lets heads of different sizes compare. Outputs with
-        further axes score the mean over them. A score that is NaN is never the largest.
+        1 - H(p) / log C by "entropy", where dividing by log C makes heads of different sizes comparable. For outputs
+        with further axes the score is the mean over them. A score that is NaN is never the largest.
+
+        By "gradient" one network is run for all tasks: its weights, local variables and head are their means. A task's
+        score is the rate at which the entropy H(p) falls as its share increases, `-dH / da` at equal shares. This takes
+        one forward and one backward pass for any number of tasks, which must have the same width and kind of head. It
+        is intended for tasks whose weights are masks of the same weights.
 
         Args:
           x: as for `predict`.
-          by: "confidence" or "entropy".
+          by: "confidence", "entropy" or "gradient".
           per: choose for each "example", or one task for the whole "batch", by the mean of the scores.
-          batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+          batch_size: compute in chunks of this size, with the last one padded; None computes all at once, as does
+            `by="gradient"` with `per="batch"`.
 
         Returns:
           The chosen tasks, the scores, and the logits of all tasks.
 
         Raises:
-          ArgumentError: `by` or `per` is none of these, or a head has one output, so that it has no softmax.
-          DataError: no examples, for which there is nothing to choose, with `per="batch"`.
+          ArgumentError: `by` or `per` is none of these, a head has one output, so that it has no softmax, or
+            `by="gradient"` with tasks of several widths or kinds of heads.
+          DataError: no examples with `per="batch"`.
           StructureError, DataError: as `predict`.
 
         Source: Wortsman et al., "Supermasks in Superposition", NeurIPS 2020 (least entropy over all tasks); Hendrycks
         and Gimpel, "A Baseline for Detecting Misclassified Examples", ICLR 2017 (softmax confidence).
         """
-        check_choice("by", by, ("confidence", "entropy"))
+        check_choice("by", by, ("confidence", "entropy", "gradient"))
         check_choice("per", per, ("example", "batch"))
         if self._without_softmax:
             found = f"the heads of {self._without_softmax} have no array of 2 or more outputs and so no softmax"
             raise ArgumentError(f"{found}; leave these tasks out: Server(..., tasks=)")
+        if by == "gradient":
+            return self._by_gradient(x, per == "batch", batch_size)
         logits, scores = self._all_together(x, batch_size)
         table = np.asarray(scores[by])
         if per == "batch":
@@ -221,12 +230,13 @@ class Server:
     def task_inference_accuracy(
         self, data: Mapping[str, Tree], *, by: By = "confidence", group: int = 1, batch_size: int | None = None
     ) -> dict[str, Any]:
-        """Measure how often `infer_task` finds the task that inputs come from.
+        """Measure how often `infer_task` finds the true task of inputs.
 
         Args:
           data: `{task: inputs (examples, ...)}`, held-out examples of tasks that are served.
           by: as for `infer_task`.
-          group: neighbouring examples of a task decided together, by the mean of their scores; 1 decides on each.
+          group: number of consecutive examples of a task that are decided together, by the mean of their scores; 1
+            decides on each example.
           batch_size: as for `infer_task`; None takes the largest set of examples, at most 256.
 
         Returns:
@@ -267,6 +277,23 @@ class Server:
         if weights is None:
             weights = ownership.task_weights(self._at[entry.width], entry)
         return weights, entry.local, entry.head
+
+    def _by_gradient(self, x: Tree, together: bool, batch_size: int | None) -> Inference:
+        entries = list(self._entries.values())
+        kinds = {(entry.width, heads.describe(entry.head_spec)) for entry in entries}
+        if len(kinds) > 1:
+            raise ArgumentError(
+                f"by='gradient' mixes the tasks' weights, so they need one width and one kind of head; found "
+                f"{len(kinds)} kinds. Use by='entropy', or Server(..., tasks=) for those of one kind."
+            )
+        x, count = inputs.checked(self._net, x)
+        if together and not count:
+            raise DataError("x has no examples, so no task can be chosen for it")
+        run = all_tasks.by_gradient(self._net, entries, together)
+        operands = [self._operands(name) for name in self.tasks]
+        one = lambda x: run(operands, x)  # noqa: E731
+        table = np.asarray(one(x) if together else inputs.in_pieces(self._net, x, batch_size, one))
+        return Inference([self.tasks[column] for column in all_tasks.surest(table)], table, {})
 
     def _all_together(self, x: Tree, batch_size: int | None) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         if self._together is None:

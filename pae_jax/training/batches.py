@@ -1,4 +1,4 @@
-"""Data as users have it, checked and cut into batches: arrays, factories of batches, iterables such as Grain."""
+"""Check user data and cut it into batches: arrays, factories of batches, or iterables such as Grain datasets."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Feed(NamedTuple):
     """Checked data.
 
     Attributes:
-      epoch: `(epoch, key) -> iterator of (x, y)`; with key None the batches come in order and none is left out.
+      epoch: `(epoch, key) -> iterator of (x, y)`; with key None the batches are in order and complete.
       steps: batches per epoch of training, None if unknown.
-      arrays: `(x, y)` where the data is arrays, None otherwise.
+      arrays: `(x, y)` if the data is arrays, None otherwise.
       order: with arrays, `(epoch, key) -> positions (steps, batch)` of the batches that `epoch` gives.
     """
 
@@ -40,7 +40,7 @@ class Feed(NamedTuple):
     order: Callable[[int, jax.Array], np.ndarray] | None = None
 
     def size(self, batch_size: int) -> int:
-        """Return the examples of a training batch where so many are asked for: no more than there are."""
+        """Return the batch size for training: the requested one, at most the number of examples."""
         return batch_size if self.arrays is None else min(batch_size, examples(self.arrays))
 
 
@@ -52,8 +52,8 @@ class Form(NamedTuple):
       width: its width.
       head: the task's head, for the shape and range of labels.
       classes: whether labels must be class numbers (the default loss needs them).
-      augment: `(key, x, y) -> (x, y)`; what it makes of a batch must fit the network, whatever the batch is.
-      keeps_labels: whether the augmentation leaves the labels as they are.
+      augment: `(key, x, y) -> (x, y)`; its output must fit the network; the raw batch may have any form.
+      keeps_labels: whether the augmentation does not change the labels.
     """
 
     net: Net
@@ -64,7 +64,7 @@ class Form(NamedTuple):
     keeps_labels: bool = True
 
     def output(self, x: Tree, train: bool = False) -> Tree:
-        """Return the task's abstract output for inputs; a head of the user's own may give more in training."""
+        """Return the task's abstract output for inputs; a user's head may return more in training."""
         shapes = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, s.dtype), x, self.net.sample)
 
         def make() -> Tree:
@@ -110,9 +110,10 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
 
     Args:
       data: arrays `(x, y)` or `{"image": x, "label": y}`; a factory `epoch -> iterator of batches`; an iterable of
-        batches that can be read again for each epoch, such as a list or a Grain dataset; or a `Feed`, as it is.
+        batches that can be read again for each epoch, such as a list or a Grain dataset; or a `Feed`, which is returned
+        unchanged.
       form: what a batch must look like.
-      batch_size: examples per batch; batches that the data brings are taken as they are.
+      batch_size: examples per batch; ready-made batches keep their size.
 
     Raises:
       DataError: empty data, x and y of different lengths, NaN or infinity, labels outside the head's range.
@@ -137,7 +138,7 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
         raise DataError(f"data must be (x, y) arrays, a factory of batches or an iterable, found {type(data).__name__}")
 
     def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
-        # The data orders itself; a stream of ours that leaves out a remainder gives all of it to be measured.
+        # The data has its own order; for evaluation, a stream of ours that drops a remainder yields all examples.
         complete = getattr(data, "complete", None) if key is None else None
         empty = True
         for number, batch in enumerate(make(index) if complete is None else complete()(index)):
@@ -150,7 +151,7 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
 
 
 def pad(batch: Batch, size: int) -> tuple[Tree, Tree, np.ndarray]:
-    """Fill a batch up to a size by repeating its first example; return x, y and weights, 0 for the filling."""
+    """Pad a batch to a size by repeating its first example; return x, y and weights, 0 for the padding."""
     count = examples(batch)
     index = np.concatenate([np.arange(count), np.zeros(max(size - count, 0), np.int64)])
     weights = (np.arange(len(index)) < count).astype(np.float32)
@@ -172,8 +173,8 @@ def _array_feed(x: Tree, y: Tree, batch_size: int) -> Feed:
     steps = count // size
 
     def order(index: int, key: jax.Array) -> np.ndarray:
-        # Full batches only: a ragged last one would compile the train step again. The permutation differs from epoch
-        # to epoch, so no example stays out.
+        # Full batches only: a smaller last one would compile the train step again. The permutation differs between
+        # epochs, so no example is always left out.
         seed = np.asarray(jax.random.key_data(jax.random.fold_in(key, index)))
         return np.random.default_rng(seed).permutation(count)[: steps * size].reshape(steps, size)
 
@@ -218,7 +219,7 @@ def _checked(form: Form, batch: Any, where: str) -> Batch:
 
 
 def _pair(net: Net, batch: Any, where: str) -> Batch:
-    """Return `(x, y)` of a batch as users have it."""
+    """Return `(x, y)` of a user's batch."""
     if isinstance(batch, Mapping):
         found = f"found {sorted(map(str, batch))}"
         labels = [name for name in _LABELS if name in batch]
@@ -236,7 +237,7 @@ def _pair(net: Net, batch: Any, where: str) -> Batch:
 
 
 def _labels(y: Tree) -> Tree:
-    """Return labels as arrays: lists are arrays, dicts and tuples hold several; bool counts as class numbers."""
+    """Return labels as arrays: a list is one array, dicts and tuples contain several; bool counts as class numbers."""
     if isinstance(y, Mapping):
         return {name: _labels(part) for name, part in y.items()}
     if isinstance(y, tuple) and not hasattr(y, "_fields"):

@@ -1,4 +1,4 @@
-"""Which epoch of a training is the best, and when a plateau asks for a lower rate."""
+"""Choice of the best epoch of a training, and lower learning rates on a plateau."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from pae_jax.training.train_state import TrainState
 class Plateau:
     """Lower the learning rate when validation stops improving, and stop when that does not help.
 
-    After `patience` epochs without a strictly better score, training goes back to the best epoch, weights and
-    optimizer state, with all updates multiplied by `factor`; at the `stop`-th such time in a row it ends. The score is
-    that of `Best(score=)`, or validation accuracy, or without it the negative validation loss.
+    After `patience` epochs without a strictly better score, training returns to the weights and optimizer state of the
+    best epoch, with all updates multiplied by `factor`. At the `stop`-th consecutive time it ends. The score is that of
+    `Best(score=)`, or validation accuracy, or without accuracy the negative validation loss.
 
     Attributes:
       patience: epochs without improvement, at least 1.
-      factor: of the updates, in (0, 1].
-      stop: how many times in a row, at least 1.
+      factor: multiplies the updates, in (0, 1].
+      stop: consecutive plateaus that end training, at least 1.
+      pick_factor: as `factor`, for the updates of picks; None takes `factor`.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -35,7 +36,7 @@ class Plateau:
     Example:
       >>> import pae_jax as pae
       >>> pae.Plateau()
-      Plateau(patience=15, factor=0.1, stop=2)
+      Plateau(patience=15, factor=0.1, stop=2, pick_factor=None)
 
     Source: Hung et al., "Packing and Expanding", ICMR 2019, in the authors' training code.
     """
@@ -43,12 +44,14 @@ class Plateau:
     patience: int = 15
     factor: float = 0.1
     stop: int = 2
+    pick_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_count("patience", self.patience, 1)
         check_count("stop", self.stop, 1)
-        if not check_number("factor", self.factor, 0.0, 1.0):
-            raise ArgumentError(f"factor must lie in (0, 1], found {self.factor!r}")
+        for name, factor in (("factor", self.factor), ("pick_factor", self.pick_factor)):
+            if factor is not None and not check_number(name, factor, 0.0, 1.0):
+                raise ArgumentError(f"{name} must lie in (0, 1], found {factor!r}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class Best:
     before the end of gradual pruning do not count.
 
     Attributes:
-      score: `state -> float`, higher is better, in place of those. It must not keep the state.
-      plateau: lowers the rate by the score; None leaves it.
+      score: `state -> float`, higher is better, replaces the default score. It must not keep a reference to the state.
+      plateau: lowers the rate according to the score; None does not change it.
 
     Example:
       >>> import pae_jax as pae
@@ -73,7 +76,7 @@ class Best:
 
 
 def _ordered(value: float) -> float:
-    """Return a value that can be compared: NaN, which no comparison ranks, is the lowest."""
+    """Return a value that can be compared: NaN counts as the lowest."""
     return -math.inf if math.isnan(value) else value
 
 
@@ -87,13 +90,14 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the choice of an epoch has come.
+    """State of the choice of an epoch.
 
     Attributes:
       best: the best epoch so far.
-      waited: epochs since the score got better, or the rate lower.
-      decays: how often in a row the rate was lowered.
+      waited: epochs since the score improved or the rate was lowered.
+      decays: consecutive times the rate was lowered.
       rate: product of the factors.
+      pick_rate: product of those of the picks.
       ended: whether the plateau has ended training.
     """
 
@@ -101,27 +105,29 @@ class Progress:
     waited: int = 0
     decays: int = 0
     rate: float = 1.0
+    pick_rate: float = 1.0
     ended: bool = False
 
     def after(self, row: dict[str, float], ts: TrainState, rule: Best) -> Progress:
         """Return the progress after an epoch."""
         lowest = -row.get("val_loss", 0.0)
         score = _ordered(row.get("score", row.get("val_accuracy", lowest))), _ordered(lowest)
-        now = replace(self, waited=self.waited + 1)  # a lower loss alone breaks ties, but is no better score
+        now = replace(self, waited=self.waited + 1)  # a lower loss only breaks ties; it is not a better score
         if self.best is None or score[0] > self.best.score[0]:
             now = replace(self, waited=0, decays=0)
         if self.best is not None and score <= self.best.score:
             return now
-        # The next step overwrites the arrays in place. The optimizer's state is only gone back to on a plateau.
+        # The next step overwrites the arrays in place. The optimizer's state is only restored on a plateau.
         kept = jax.tree.map(jnp.copy, ts if rule.plateau else ts.replace(opt_state=None))
         return replace(now, best=Snapshot(score, int(row["epoch"]), kept))
 
     def slowed(self, ts: TrainState, plateau: Plateau | None) -> tuple[Progress, TrainState | None]:
-        """Return the progress and the state to go on with, None where training ends."""
+        """Return the progress and the state to continue from, None if training ends."""
         if plateau is None or self.best is None or self.waited < plateau.patience:
             return self, ts
         now = replace(self, waited=0, decays=self.decays + 1)
         if now.decays >= plateau.stop:
             return replace(now, ended=True), None
         back = jax.tree.map(jnp.copy, self.best.ts).replace(step=ts.step)
-        return replace(now, rate=self.rate * plateau.factor), back
+        of_picks = plateau.factor if plateau.pick_factor is None else plateau.pick_factor
+        return replace(now, rate=self.rate * plateau.factor, pick_rate=self.pick_rate * of_picks), back

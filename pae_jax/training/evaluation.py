@@ -1,4 +1,4 @@
-"""Finished or unfinished tasks on data: `evaluate`, `predict`, `features`."""
+"""Evaluate tasks on data: `evaluate`, `predict`, `features`."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ def evaluate(
       net: the network description the state was made with.
       state: the network.
       task: name of a task, in any phase.
-      data: as for `fit`; the last batch is filled up and its filling weighted 0.
+      data: as for `fit`; the last batch is padded, and the padding has weight 0.
       batch_size: examples per batch when `data` is arrays.
       loss: as for `fit`.
-      loss_per: as for `fit`. "batch" averages the losses of whole batches by their examples; so it depends on
-        `batch_size`.
-      metrics: `{name: (outputs, y) -> one number per example}`, averaged. None: the accuracy, if there is no own loss.
+      loss_per: as for `fit`. "batch" averages the losses of whole batches, weighted by their examples, so the result
+        depends on `batch_size`.
+      metrics: `{name: (outputs, y) -> one number per example}`, averaged. None: the accuracy, if there is no custom
+        loss.
 
     Returns:
       `{"accuracy": ..., "loss": ..., "count": ...}`, or the metrics in place of the accuracy.
 
     Raises:
       UnknownTaskError: no task of this name.
-      DataError, StructureError: unusable data, or a loss that is not what `loss_per` says; named.
+      DataError, StructureError: unusable data, or a loss that does not match `loss_per`; named.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -72,13 +73,13 @@ def evaluate_state(net: Net, state: State, task: str, batches: Feed, wanted: Obj
 
 
 class Evaluation:
-    """One way to measure a task, whose functions are looked at once."""
+    """A compiled measurement of a task, whose functions are checked once."""
 
     def __init__(self, form: Form, objective: Objective):
         self.form, self.objective, self._step = form, objective, None
 
     def check(self, batches: Feed) -> None:
-        """Raise where data in arrays cannot be measured, before anything is trained."""
+        """Raise if data in arrays cannot be measured, before any training."""
         if batches.arrays is not None:
             self._prepare(next(batches.epoch(0, None)))
 
@@ -113,7 +114,7 @@ class Evaluation:
 def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | None = None) -> Tree:
     """Return a task's output, computed at the task's own width with the weights it sees.
 
-    For a frozen task it is the same bits for ever: through later pack, fit, prune, freeze, expand, save and load
+    For a frozen task the output is bit-identical after every later pack, fit, prune, freeze, expand, save and load
     (same machine, same JAX, same batch shape).
 
     Args:
@@ -121,7 +122,7 @@ def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | Non
       state: the network.
       task: name of a task, in any phase.
       x: inputs (batch, ...), shapes and dtypes as in the net's sample.
-      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+      batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
 
     Returns:
       The head's output: an array, or a tree of arrays, (batch, ...).
@@ -150,7 +151,7 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
       state: the network.
       task: name of a task, in any phase.
       x: inputs (batch, ...), shapes and dtypes as in the net's sample.
-      batch_size: compute in pieces of this size, the last one filled up; None takes all at once.
+      batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
 
     Returns:
       The backbone's output (batch, ...) at the task's own width.

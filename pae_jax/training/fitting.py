@@ -1,4 +1,4 @@
-"""`fit`: the call that trains, checked before anything is computed."""
+"""`fit`: train a task, with all arguments checked before any computation."""
 
 from __future__ import annotations
 
@@ -50,39 +50,41 @@ def fit(
     on_step: Callable[[Row], bool | None] | None = None,
     progress: bool = False,
 ) -> tuple[State, History]:
-    """Train the newest task; nothing of any other task changes by a single bit, whatever the optimizer.
+    """Train the newest task; with any optimizer, no bit of any other task changes.
 
     A loop over `TrainState`: each step computes the gradient, runs the optax chain on the task's own weights, and
     applies `w <- where(owner == k, w + update, w)`.
 
     Args:
       net: the network description the state was made with.
-      state: the network; it is left as it is.
+      state: the network; it is not modified.
       task: the newest task, not frozen.
-      train: arrays `(x, y)`, shuffled anew every epoch and cut into full batches; or a factory
+      train: arrays `(x, y)`, shuffled in every epoch and cut into full batches; or a factory
         `epoch -> iterator of batches`; or an iterable of batches, such as a Grain dataset. A batch is `(x, y)`, or a
-        dict of the inputs and a `label`. x and y are any trees of arrays (batch, ...); y may be None for an own loss.
+        dict of the inputs and a `label`. x and y are any trees of arrays (batch, ...); y may be None with a custom
+        loss.
       optimizer: any optax transformation over `{"shared", "local", "head", "pick"}`, or an optimizer of `pae.recipes`.
-        Where a shared weight is not the task's own, it sees 0 as parameter and as gradient. One made anew for every
-        call compiles every time; those of `pae.recipes` compare by value.
-      epochs: passes over the data, at least 0; with `resume`, so many more.
+        For a shared weight that the task does not own, the optimizer gets 0 as parameter and as gradient. A new
+        optimizer object for every call compiles every time; optimizers of `pae.recipes` compare by value.
+      epochs: passes over the data, at least 0; with `resume`, additional passes.
       key: random key of shuffling and dropout.
       batch_size: examples per step when `train` is arrays; fewer if there are fewer.
       val: validation data in the same forms, evaluated after every epoch.
       loss: `(outputs, y) -> losses`, one per example or their mean; default softmax cross-entropy of class numbers.
-        With one of three arguments, y may be a pair.
+        A loss of three arguments gets the two parts of a pair y.
       loss_per: "example", or "batch" for a loss that is a function of all examples together, such as a contrastive one.
       metrics: `{name: (outputs, y) -> one number per example}`, measured in training and on `val`. None: the accuracy,
-        if there is no own loss.
+        if there is no custom loss.
       augment: `(key, x) -> x` or `(key, x, y) -> (x, y)`, compiled into the step: random crops, flips, mixing.
       pruning: releases weights while training, after the steps that the schedule names.
-      parts: what is trained. Without "local", biases and norms stay as they are and the backbone runs as in
-        evaluation (PackNet, Piggyback); `("head",)` trains a new head on fixed features.
-      keep: "last" returns the last epoch's weights, "best" those of the best validation score; `pae.Best` says more.
+      parts: the parts to train. Without "local", biases and norms do not change and the backbone runs as in evaluation
+        (PackNet, Piggyback); `("head",)` trains a new head on fixed features.
+      keep: "last" returns the last epoch's weights, "best" those of the best validation score; `pae.Best` has more
+        options.
       devices: a mesh, and steps per call; None takes one device.
-      resume: the history of an earlier `fit` of this task, to go on where it ended: last epoch's weights, optimizer,
-        epoch, key. 2 + 2 epochs are the same bits as 4.
-      on_epoch: called with the network, a copy, and the row of every epoch; True ends training.
+      resume: the history of an earlier `fit` of this task, to continue from its end: last epoch's weights, optimizer,
+        epoch, key. 2 + 2 epochs give the same bits as 4.
+      on_epoch: called after every epoch with a copy of the network and the epoch's row; True ends training.
       on_step: called with `{"step": ..., "loss": ...}` after every call to the device, the loss a scalar on it; True
         ends training after this epoch's measurements.
       progress: show a progress bar.
@@ -92,7 +94,7 @@ def fit(
 
     Raises:
       UnknownTaskError, PhaseError: no such task, or it is frozen.
-      ArgumentError: an argument outside its range, or an optimizer that needs more than gradients.
+      ArgumentError: an argument outside its range, or an optimizer that needs more arguments than gradients.
       DataError, StructureError: unusable data or loss, named; before training where the data is arrays.
       DivergedError: loss or gradient became NaN or infinite; holds the state after the last good step.
 
@@ -184,7 +186,7 @@ def _keep(keep: Any, validated: bool) -> Best | None:
 def _resumed(
     training: Training, optimizer: Any, parts: Collection[str], step_key: jax.Array, history: History
 ) -> TrainState:
-    """Return the train state that an earlier fit ended with, made sure that it belongs to this call."""
+    """Return the final train state of an earlier fit, after checking that it belongs to this call."""
     ts, entry = history.end, training.state.tasks[training.task]
     if ts is None:
         raise ArgumentError("resume= needs the history of a fit that did not diverge")
@@ -202,5 +204,5 @@ def _resumed(
     hint = "resume= goes on with the same optimizer, parts and head."
     for part in ("params", "variables", "opt_state"):
         require_match(f"history.{part}", abstract(getattr(ts, part)), abstract(getattr(fresh, part)), hint)
-    # The steps overwrite their operands; what the earlier fit gave back must survive.
+    # The steps overwrite their operands, so copy what the earlier fit returned.
     return jax.tree.map(jnp.copy, ts).replace(tx=optimizer, key=step_key)

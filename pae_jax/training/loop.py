@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from pae_jax import html
 from pae_jax.core import CubicSchedule, State, pruning
 from pae_jax.errors import ArgumentError, DivergedError
 from pae_jax.nets import as_inputs
+from pae_jax.progress import progress_bar
 from pae_jax.training import steps
 from pae_jax.training.batches import Feed, Form
 from pae_jax.training.choice import Best, Progress
@@ -31,21 +31,21 @@ Rates = Callable[[int], tuple[float, float]]
 
 
 def constant(step: int) -> tuple[float, float]:
-    """Leave the updates as they are."""
+    """Do not scale the updates."""
     del step
     return 1.0, 1.0
 
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """What happened in a `fit`; hand it to another as `resume=` to go on. Its text shows the rows alone.
+    """The history of a `fit`; pass it to another as `resume=` to continue. Its text shows only the rows.
 
     Attributes:
       rows: one dict per epoch: `epoch` (from 1), `loss` and metrics in training (means over the steps), and with
         validation data the same after `val_`.
       kept_epoch: epoch whose weights were returned.
       end: the train state after the last step, with the optimizer's state; None after a divergence.
-      progress: how far the choice of the epoch had come.
+      progress: state of the choice of the epoch.
     """
 
     rows: tuple[Row, ...]
@@ -81,17 +81,17 @@ class Training:
     Attributes:
       task: name of the task, for messages.
       state: the network before.
-      form: what a batch looks like; holds network, head and augmentation.
+      form: the required form of a batch; holds network, head and augmentation.
       objective: loss and metrics.
       data: training data.
       val: validation data; None without.
       epochs: passes over the data.
       key: of shuffling.
-      pruning: releases while training; None without.
+      pruning: schedule of weight releases; None without.
       keep: how the epoch to keep is chosen; None keeps the last.
-      devices: where the arrays live, and steps per call.
+      devices: placement of the arrays, and steps per call.
       rates: factors of the updates by step.
-      on_epoch, on_step: what the user wants to be called.
+      on_epoch, on_step: callbacks of the user.
       progress: whether a progress bar is shown.
     """
 
@@ -112,13 +112,13 @@ class Training:
     progress: bool = False
 
     def run(self, ts: TrainState, before: History | None = None) -> tuple[State, History]:
-        """Train; return the network and what happened."""
+        """Train; return the network and the history."""
         start = before if before is not None else History((), 0)
         return _Loop(self, ts, start).run()
 
 
 class _Loop:
-    """The moving parts of a training."""
+    """The mutable state of a training."""
 
     def __init__(self, training: Training, ts: TrainState, before: History):
         self.of, self.before, self.choice = training, before, before.progress
@@ -126,7 +126,7 @@ class _Loop:
         self.taken = self.begun = int(ts.step)
         self.objective = training.objective
         outputs = [training.form.output(training.form.net.sample, train) for train in (False, True)]
-        if outputs[0] != outputs[1]:  # a head that shows more in training than metrics expect
+        if outputs[0] != outputs[1]:  # a head that returns more in training than metrics expect
             self.objective = replace(training.objective, metrics=())
         self.carry = training.devices.place(steps.start(ts, self.objective))
         self.key: Any = None
@@ -143,7 +143,7 @@ class _Loop:
         if of.val is not None:
             self.evaluation.check(of.val)
         total = None if of.data.steps is None else of.data.steps * of.epochs
-        with tqdm(total=total, desc=f"fit {of.task}", unit="step", disable=not of.progress, leave=False) as bar:
+        with progress_bar(title=f"fit {of.task}", unit="step", shown=of.progress, total=total) as bar:
             for epoch in range(self.first, self.first + (0 if self.choice.ended else of.epochs)):
                 count = self.taken
                 stopped = self._epoch(epoch, bar)
@@ -159,7 +159,7 @@ class _Loop:
         return self._result()
 
     def _epoch(self, epoch: int, bar: Any) -> bool:
-        """Take the steps of an epoch; say whether the user stopped it."""
+        """Take the steps of an epoch; return whether the user stopped it."""
         for advance, count in self._calls(epoch):
             before = jnp.copy(self.carry.sums["loss"]) if self.of.on_step is not None else 0.0
             self.carry = advance(self.carry)
@@ -173,7 +173,7 @@ class _Loop:
         return False
 
     def _calls(self, epoch: int) -> Iterator[tuple[Callable[[Carry], Carry], int]]:
-        """Yield the calls of an epoch, `(carry -> carry, steps)`; none goes past a step that releases weights."""
+        """Yield the calls of an epoch, `(carry -> carry, steps)`; no call extends past a step that releases weights."""
         of = self.of
         per_call = self._steps_per_call()
         if per_call == 1 or of.data.arrays is None or of.data.order is None:
@@ -207,7 +207,7 @@ class _Loop:
         return 50 if possible and jax.default_backend() != "cpu" else 1
 
     def _compiled(self, x: Tree, y: Tree) -> steps.Step:
-        """Return the train step; the first batch shows whether loss and metrics fit."""
+        """Return the train step; check loss and metrics on the first batch."""
         if self.step is None:
             of, ts = self.of, self.carry.ts
             batch = abstract((x, y))
@@ -228,17 +228,18 @@ class _Loop:
         return self._data
 
     def _inputs(self, x: Tree) -> Tree:
-        # With an augmentation the dtype is its choice: it may turn uint8 images into floats on the device.
+        # An augmentation determines the dtype: it may turn uint8 images into floats on the device.
         return as_inputs(self.of.form.net, x) if self.of.form.augment is None else jax.tree.map(jnp.asarray, x)
 
     def _rates(self, first: int, count: int) -> np.ndarray:
-        factor = self.choice.rate
-        return np.asarray([[factor * r for r in self.of.rates(first + n)] for n in range(count)], np.float32)
+        factors = self.choice.pick_rate, self.choice.rate
+        rows = ([f * r for f, r in zip(factors, self.of.rates(first + n), strict=True)] for n in range(count))
+        return np.asarray(list(rows), np.float32)
 
     def _release(self, fraction: float) -> None:
         assert self.of.pruning is not None
         targets = jnp.asarray(pruning.rounded(fraction, self.room))
-        # A bad step ends the pruning too; the device knows, and the host does not wait for it.
+        # A bad step also ends the pruning; the device checks this without host synchronisation.
         targets = jnp.where(self.carry.bad_step < 0, targets, 0)
         ts = self.carry.ts.pruned_to(targets, self.of.pruning.scope)
         self.carry = self.carry._replace(ts=self.of.devices.place(ts))
@@ -253,7 +254,7 @@ class _Loop:
             )
 
     def _finish_pruning(self) -> None:
-        """Reach the final fraction where an epoch was shorter than the first one promised, or training was stopped."""
+        """Prune to the final fraction if an epoch was shorter than the first one, or training was stopped."""
         if self.of.pruning is not None and self.of.epochs and self.taken < self.of.pruning.end:
             self._release(self.of.pruning.final)
 
@@ -273,7 +274,7 @@ class _Loop:
         return row
 
     def _ends(self, row: Row) -> bool:
-        """Consider an epoch; say whether training ends with it."""
+        """Update the choice of the epoch; return whether training ends."""
         of = self.of
         asked = of.on_epoch is not None and of.on_epoch(self._state(jax.tree.map(jnp.copy, self.carry.ts)), dict(row))
         if of.keep is None or (of.pruning is not None and self.taken < of.pruning.end):
@@ -293,12 +294,12 @@ class _Loop:
         return self._state(end), History(rows, len(rows), end, self.choice)
 
     def _alone(self, ts: TrainState) -> TrainState:
-        """Return a train state that can be evaluated: each process of a distributed run does so by itself."""
+        """Return a train state that can be evaluated: each process of a distributed run evaluates by itself."""
         if jax.process_count() == 1:
             return ts
         ts = ts.replace(key=None)
         return self.of.devices.put_back(ts, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), ts))
 
     def _state(self, ts: TrainState) -> State:
-        """Return a network whose arrays live where those that were given did."""
+        """Return a network whose arrays are on the devices of the given ones."""
         return self.of.devices.put_back(ts.as_state(self.of.state), self.of.state)

@@ -1,4 +1,4 @@
-"""Losses and metrics of a task: what they may look like, and checks of both before anything is trained."""
+"""Losses and metrics of a task: their allowed forms, and checks of both before training."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the share of right answers of each example, float32 (batch,)."""
+    """Return the share of correct predictions of each example, float32 (batch,)."""
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return right.reshape(right.shape[0], -1).mean(axis=1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a task is trained for and measured by.
+    """The loss and the metrics of a task.
 
     Attributes:
       loss: `(outputs, y) -> losses`; None is the softmax cross-entropy of class numbers.
@@ -57,7 +57,7 @@ class Objective:
         return self.loss is None
 
     def losses(self, out: Tree, y: Tree) -> jax.Array:
-        """Return the losses of a batch as the user's function gives them."""
+        """Return the losses of a batch in the form that the user's function returns."""
         return _called(self.loss or softmax_cross_entropy, out, y)
 
     def mean_loss(self, out: Tree, y: Tree) -> jax.Array:
@@ -77,9 +77,9 @@ class Objective:
         return {name: _called(function, out, y).astype(jnp.float32) for name, function in self.metrics}
 
     def check(self, out: Tree, y: Tree, train: bool = False) -> None:
-        """Raise `DataError` where loss or metrics cannot be what they should be, on abstract outputs and labels.
+        """Raise `DataError` if loss or metrics have an invalid form, judged on abstract outputs and labels.
 
-        A loss object may have a method `check_training(outputs)`, to refuse outputs that it could not learn from.
+        A loss object may have a method `check_training(outputs)`, to refuse outputs that it cannot train on.
         """
         loss: Any = self.loss
         if train and hasattr(loss, "check_training"):
@@ -107,7 +107,7 @@ class Objective:
                 )
 
     def check_scalar(self, out: Tree, y: Tree) -> None:
-        """Raise `DataError` where a scalar loss is no mean or sum over examples, so that evaluation could not split it.
+        """Raise `DataError` if a scalar loss is no mean or sum over examples, so that evaluation cannot split it.
 
         Args:
           out: abstract outputs.
@@ -127,14 +127,14 @@ class Objective:
             )
 
     def text(self, out: Tree, y: Tree) -> tuple[str, ...]:
-        """Return digests of the user's functions as they are now; what they read may have changed."""
+        """Return digests of the user's functions in their present state; values they capture may have changed."""
         every = (self.loss, *(metric for _, metric in self.metrics))
         functions = [function for function in every if function not in (None, accuracy)]
         return tuple(program_text(lambda o, t, f=f: _called(f, o, t), out, y) for f in functions)
 
 
 def objective(loss: Loss | None, per: LossPer, metrics: Mapping[str, Values] | None) -> Objective:
-    """Return the objective that arguments ask for; without a loss of the user's own, the accuracy is measured too."""
+    """Return the objective for the given arguments; without a custom loss, the accuracy is measured too."""
     check_choice("loss_per", per, ("example", "batch"))
     if loss is not None and not callable(loss):
         raise ArgumentError(f"loss must be a function (outputs, y) -> losses, found {loss!r}")
@@ -155,7 +155,7 @@ def with_accuracy(objective: Objective) -> Objective:
 
 
 def _called(function: Any, out: Tree, y: Tree) -> jax.Array:
-    """Call a function of outputs and labels; one of more arguments gets the parts of a tuple of labels."""
+    """Call a function of outputs and labels; a function of more arguments gets the parts of a tuple of labels."""
     if isinstance(y, tuple) and len(y) > 1 and _required(function) == 1 + len(y):
         return jnp.asarray(function(out, *y))
     return jnp.asarray(function(out, y))
@@ -179,13 +179,13 @@ def _traced(function: Any, out: Tree, y: Tree, name: str) -> Any:
 
 
 def _mixes(function: Any, out: Tree, y: Tree) -> bool:
-    """Say whether some array inside a loss has the batch axis twice, judged at a batch size that no other axis has."""
+    """Return whether some array inside a loss has the batch axis twice, by a batch size that no other axis has."""
     taken = {size for leaf in jax.tree.leaves((out, y)) for size in leaf.shape[1:]}
     count = next(prime for prime in _PRIMES if prime not in taken)
     resized = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), (out, y))
     try:
         jaxpr = jax.make_jaxpr(lambda o, t: _called(function, o, t))(*resized)
-    except Exception:  # a loss for one batch size alone; nothing is known
+    except Exception:  # the loss accepts only one batch size; nothing is known
         return False
     return any(shape.count(count) > 1 for shape in _shapes(jaxpr.jaxpr))
 

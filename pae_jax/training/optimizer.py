@@ -1,4 +1,4 @@
-"""Optimizers as users have them: of optax, `optax.MultiSteps`, or of a recipe."""
+"""Accepted optimizers: optax transformations, `optax.MultiSteps`, and optimizers of `pae.recipes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pickle cannot keep of a train state, and what stands in its place."""
+"""Placeholders for functions of a train state that cannot be pickled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pae_jax.errors import ArgumentError
 
 
 class LeftOut:
-    """Stands where pickle could not keep a function; `replace` puts it back."""
+    """Placeholder for a function that cannot be pickled; set the function again by `replace`."""
 
     def __init__(self, name: str):
         self.name = name

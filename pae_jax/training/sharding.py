@@ -1,4 +1,4 @@
-"""Where arrays live while training on many devices: the batch is split, weights may be split as well."""
+"""Placement of arrays for training on several devices: the batch is split, and optionally the weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Devices:
     """How `fit` and `learn` use the devices.
 
     Attributes:
-      mesh: devices that share the work, as `jax.make_mesh` makes them; all axes together split the batch. The result is
-        that of one device up to the order of summation, and comes back to where the state's arrays live. None: one.
+      mesh: devices that share the work, as `jax.make_mesh` makes them; all axes together split the batch. The result
+        equals that of one device up to the order of summation, and is placed on the devices of the state's arrays.
+        None: one device.
       split_weights: with a mesh, whether weights, owners, picks and optimizer state are split over the devices as well,
-        each array along its longest axis that the number of devices divides; otherwise every device has all of them.
-      steps_per_call: train steps that one call to the device takes, for data in arrays, which then stay on the device.
-        None takes 1 on a CPU, where loops inside a program are slow, and up to 50 elsewhere.
+        each array along its longest axis that the number of devices divides; otherwise every device has a full copy.
+      steps_per_call: train steps in one call to the device, for data in arrays, which then stay on the device. None
+        takes 1 on a CPU, where loops inside a program are slow, and up to 50 elsewhere.
 
     Raises:
       ArgumentError: weights to split and no mesh, or a number of steps below 1.
@@ -47,7 +48,7 @@ class Devices:
         if self.mesh is not None and not isinstance(self.mesh, Mesh):
             raise ArgumentError(f"mesh must be a jax.sharding.Mesh, found {type(self.mesh).__name__}")
         if self.mesh is not None:
-            # The partitioner places what lies between; a mesh of explicit axes would ask the model to.
+            # The partitioner places intermediate arrays; with a mesh of explicit axes the model would have to.
             object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
         if self.steps_per_call is not None:
             check_count("steps_per_call", self.steps_per_call, 1)
@@ -71,7 +72,7 @@ class Devices:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, self.mesh.axis_names))
 
     def place(self, tree: Tree) -> Tree:
-        """Lay the arrays of a training state out."""
+        """Place the arrays of a training state on the devices."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda leaf: self._put(leaf, self.sharding(leaf)), tree)
@@ -94,7 +95,7 @@ class Devices:
             return jax.device_put(leaf, sharding)
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.jit(lambda whole: whole, out_shardings=sharding)(leaf)
-        # Every process of a distributed run has the same values and brings the pieces of its own devices.
+        # Every process of a distributed run has the same values and provides the shards of its own devices.
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = self._put(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -102,12 +103,13 @@ class Devices:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def put_back(self, tree: Tree, before: Tree) -> Tree:
-        """Return a tree where the arrays of another one of equal shapes live."""
+        """Return a tree placed on the devices of the arrays of another tree with equal shapes."""
 
         def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
             if len(old.sharding.device_set) > 1:
                 return jax.device_put(new, old.sharding)
-            # An array that is not tied to a device stays so: compiled functions compile again for one that is.
+            # An array not committed to a device stays uncommitted, because compiled functions compile again for
+            # committed ones.
             if not new.is_fully_addressable and not new.is_fully_replicated:
                 new = multihost_utils.process_allgather(new, tiled=True)
             return jnp.asarray(np.asarray(new))
@@ -116,7 +118,7 @@ class Devices:
 
 
 def devices_of(devices: Devices | Mesh | None) -> Devices:
-    """Return what an argument `devices` asks for: a mesh alone, or more."""
+    """Convert an argument `devices` (None, a mesh or `Devices`) to `Devices`."""
     if devices is None or isinstance(devices, Mesh):
         return Devices(devices)
     if not isinstance(devices, Devices):

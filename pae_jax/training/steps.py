@@ -23,11 +23,11 @@ _TRAIN, _EVAL = Cache(8), Cache(16)
 
 
 class Carry(NamedTuple):
-    """What a train step changes.
+    """The arrays that a train step changes.
 
     Attributes:
       ts: the task in training.
-      bad_step: int32, the step whose loss or result was not finite; -1 while all is well.
+      bad_step: int32, the step whose loss or result was not finite; -1 if there is none.
       sums: float32, sums over the steps since the last reset: "loss", and the means of the metrics.
     """
 
@@ -46,26 +46,26 @@ def start(ts: TrainState, objective: Objective) -> Carry:
 
 
 def no_sums(objective: Objective) -> dict[str, jax.Array]:
-    """Return sums of nothing."""
+    """Return sums set to 0."""
     return {name: jnp.zeros((), jnp.float32) for name in ("loss", *(name for name, _ in objective.metrics))}
 
 
 def key_of(ts: TrainState, objective: Objective, augment: Augment | None, batch: Any, seen: Any) -> tuple[Any, ...]:
-    """Return what decides a train step beyond the shapes of its operands.
+    """Return the cache key of a train step, apart from the shapes of its operands.
 
-    It holds the user's functions themselves and the programs that they are at this moment: a function may read what has
-    changed since it was last traced.
+    It contains the user's functions and digests of their present programs, because values that a function captures may
+    have changed since it was last traced.
 
     Args:
       ts: abstract train state.
       objective: loss and metrics.
       augment: the augmentation; None without.
-      batch: abstract `(x, y)` as the step gets it.
-      seen: abstract `(outputs, y)` as the loss gets it.
+      batch: abstract `(x, y)`, input of the step.
+      seen: abstract `(outputs, y)`, input of the loss.
     """
     head = heads.key_of(ts.head_spec)
     texts = objective.text(*seen)
-    if not hasattr(ts.tx, "transformation"):  # the recipes' optimizers are their values
+    if not hasattr(ts.tx, "transformation"):  # optimizers of recipes compare by value
         texts += (program_text(lambda params: _optimizer(ts.tx, params), ts.params),)
     if augment is not None:
         texts += (program_text(augment, jax.random.key(0), *batch),)
@@ -77,12 +77,12 @@ def _optimizer(tx: Any, params: Tree) -> Any:
     state = tx.init(params)
     try:
         return tx.update(params, state, params)
-    except (TypeError, ValueError):  # it wants more than gradients; the step says so
+    except (TypeError, ValueError):  # it needs more than gradients; the step raises the error
         return state
 
 
 def train_step(key: tuple[Any, ...], objective: Objective, augment: Augment | None, shardings: Any = None) -> Step:
-    """Return the compiled train step; `shardings`, a carry of them, fixes the layout on several devices."""
+    """Return the compiled train step; `shardings`, a carry of shardings, fixes the layout on several devices."""
 
     def make() -> Step:
         step = step_function(objective, augment)
@@ -97,7 +97,7 @@ def train_step(key: tuple[Any, ...], objective: Objective, augment: Augment | No
 def train_steps(key: tuple[Any, ...], objective: Objective, augment: Augment | None) -> Callable[..., Carry]:
     """Return the compiled `(carry, rates (n, 2), order (n, batch), x, y) -> carry` of n steps.
 
-    All data lives on the device and each step takes its batch from it, so the host is asked once in n steps.
+    All data is on the device and each step takes its batch from it, so there is one host call per n steps.
     """
 
     def make() -> Callable[..., Carry]:
@@ -147,14 +147,17 @@ def step_function(objective: Objective, augment: Augment | None) -> Step:
 
     def step(carry: Carry, rates: Any, x: Tree, y: Tree) -> Carry:
         values, slope, updates, pull_back = forward(carry.ts, x, y)
-        # Known before any weight's gradient is: a check of those would keep all of them in memory until the last.
+        # These are known before the gradients of weights. Checking those gradients would keep all of them in memory
+        # until the last.
         finite = all_finite((values["loss"], slope, updates, rates))
         good = finite & (carry.bad_step < 0)
-        # They are 0 where the task owns nothing, which the forward pass does not read; a second mask would cost a copy.
+        # They are 0 where the task owns nothing, because the forward pass does not read those weights; a second mask
+        # would cost a copy.
         grads = pull_back(slope)[0]
         changes, opt_state = update(carry.ts, grads, values["loss"], rates)
-        # Checking the updates of shared weights would keep them in memory, while their gradients are there anyway. What
-        # one optimizer does to them it does to the head and to local variables too, if those are trained.
+        # Checking the updates of shared weights would keep them in memory, while their gradients are in memory anyway.
+        # If an optimizer makes updates non-finite, this also shows in the head and local variables, if those are
+        # trained.
         alone = set(changes) == {"shared"} or _treats_parts_differently(opt_state)
         watched = changes if alone else {**changes, "shared": grads.get("shared", {})}
         finite = finite & all_finite(carry.ts.own(watched) if alone else watched)
@@ -184,10 +187,10 @@ def _accepted(tx: Any, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """Say whether every entry of every leaf is finite; a bool scalar.
+    """Return whether every entry of every leaf is finite; a bool scalar.
 
-    NaN and infinity survive a sum, and a sum is the cheapest pass over memory there is. A finite tree whose float32
-    sum overflows counts as not finite.
+    A sum preserves NaN and infinity, and is the cheapest pass over memory. A finite tree whose float32 sum overflows
+    counts as not finite.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0]
     sums = [jnp.sum(leaf, dtype=jnp.float32) for leaf in leaves]
@@ -197,8 +200,8 @@ def all_finite(tree: Tree) -> jax.Array:
 def eval_step(net: Net, width: float, head: Any, objective: Objective, texts: tuple[str, ...]) -> Callable[..., Any]:
     """Return the compiled `(backbone variables, head variables, x, y, weight) -> sums over the batch`.
 
-    The sums are of the loss and of each metric. Loss per "example" counts the same whether the user's loss averages or
-    not; loss per "batch" is that of the batch times its examples.
+    The sums are of the loss and of each metric. With "example" the sum is the same whether the user's loss averages or
+    not; with "batch" it is the loss of the batch times its number of examples.
     """
     backbone, output = net.program(width), heads.program(head)
 

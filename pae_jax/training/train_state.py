@@ -1,4 +1,4 @@
-"""`TrainState`: a task in training as one pytree, for your own step."""
+"""`TrainState`: a task in training as one pytree, for custom train steps."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from pae_jax.training.variables import joined, paths, strayed, with_updates, wit
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
-_STATIC = ("net", "width", "head_spec", "sharing", "picking", "tx")
 Params = dict[str, Tree]
+_STATIC = {"static": True}
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainState:
-    """A task in training: what Flax's `TrainState` is, with the gate built in. A pytree; make it by `create`.
+    """A task in training: like Flax's `TrainState`, with the gate built in. A pytree; make it with `create`.
 
-    Task id and owners are arrays, so tasks of one width and head share the compiled step. Of `params`, only what the
-    task owns is ever read: wherever parameters come in (`apply_fn`, `replace`, `apply_gradients`), entries that the
-    task does not own are those of this state. So averages, perturbations and guesses of an optimizer are safe.
+    Task id and owners are arrays, so tasks of one width and head share the compiled step. Only entries of `params` that
+    the task owns are read: wherever parameters are passed in (`apply_fn`, `replace`, `apply_gradients`), the other
+    entries are replaced by those of this state. So averages, perturbations and trial points of an optimizer are safe.
 
     Attributes:
       step: int32 scalar, gradients applied so far.
-      params: what is trained: `{"shared": ..., "local": ..., "head": ...}`, and `"pick"`, the scores of older weights,
-        for a task of sharing "picked". Shared weights of which the task owns nothing are not among them.
+      params: the trained parameters: `{"shared": ..., "local": ..., "head": ...}`, and `"pick"`, the scores of older
+        weights, for a task of sharing "picked". Shared leaves of which the task owns nothing are left out.
       opt_state: state of `tx`, over the same tree, 0 where the task owns nothing.
-      variables: everything else the model needs: `{"backbone": {collection: ...}, "head": {collection: ...}}`.
+      variables: all other variables of the model: `{"backbone": {collection: ...}, "head": {collection: ...}}`.
       owner: owner ids of all shared weights.
       task_id: int8 scalar.
       key: random key from which steps draw; None without.
       slow: the slow parameters of `optax.lookahead`; None with every other optimizer.
-      net, width, head_spec, sharing, picking, tx: static, what the step is compiled from.
+      net, width, head_spec, sharing, picking, tx: static; they determine the compiled step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, pae_jax as pae
@@ -73,12 +73,12 @@ class TrainState:
     task_id: jax.Array
     key: jax.Array | None
     slow: Params | None
-    net: Any
-    width: float
-    head_spec: Any
-    sharing: str
-    picking: Picking | None
-    tx: Any
+    net: Any = dataclasses.field(metadata=_STATIC)
+    width: float = dataclasses.field(metadata=_STATIC)
+    head_spec: Any = dataclasses.field(metadata=_STATIC)
+    sharing: str = dataclasses.field(metadata=_STATIC)
+    picking: Picking | None = dataclasses.field(metadata=_STATIC)
+    tx: Any = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def create(
@@ -91,15 +91,16 @@ class TrainState:
         key: jax.Array | None = None,
         parts: Collection[str] = PARTS,
     ) -> TrainState:
-        """Start to train a task.
+        """Create the train state of a task.
 
         Args:
           net: the network description the state was made with.
           state: the network; its arrays are copied, so this state may be donated.
           task: the newest task, not frozen.
           tx: an optax transformation, `optax.MultiSteps`, or an optimizer of `pae.recipes`.
-          key: random key of dropout and the like in calls of `apply_fn` without `rngs`; None if every call has its own.
-          parts: what is trained, of "shared", "local", "head" and "pick". Without "local" the backbone runs as in
+          key: random key for dropout and other random streams in calls of `apply_fn` without `rngs`; None if every call
+            passes `rngs`.
+          parts: the parts to train, of "shared", "local", "head" and "pick". Without "local" the backbone runs as in
             evaluation, without "head" so does the head.
 
         Returns:
@@ -150,13 +151,13 @@ class TrainState:
 
     def _started(self) -> TrainState:
         seen = self.own(self.params)
-        # An optimizer may keep one array in two places, which could not be donated.
+        # An optimizer may use one array in two places, which cannot be donated.
         opt_state = jax.tree.map(jnp.copy, transformation(self.tx).init(seen))
         slow = jax.tree.map(jnp.copy, seen) if isinstance(opt_state, optax.LookaheadState) else None
         return dataclasses.replace(self, opt_state=opt_state, slow=slow)
 
     def replace(self, **changes: Any) -> TrainState:
-        """Return a state with some fields replaced; of `params`, what the task does not own stays as it is."""
+        """Return a state with some fields replaced; entries of `params` that the task does not own do not change."""
         if "params" in changes:
             changes["params"] = self._pinned(changes["params"])
         return dataclasses.replace(self, **changes)
@@ -165,14 +166,14 @@ class TrainState:
         """Run the task.
 
         Args:
-          params: as `self.params`, or an average of such, or any other values for them.
+          params: tree like `self.params`: the parameters, an average of them, or any other values.
           x: inputs (batch, ...), as in the net's sample.
-          train: whether dropout draws and running statistics move.
+          train: whether dropout is on and running statistics are updated.
           rngs: a random key, or `{stream: key}`; None draws from `self.key` and `self.step`.
 
         Returns:
-          `(output, updates)`; updates are for `apply_gradients`: the collections after this call, what modules sowed
-          included, `{"backbone": {collection: ...}, "head": {...}}`, empty unless `train`.
+          `(output, updates)`; updates are for `apply_gradients`: the collections after this call, including sown
+          values, `{"backbone": {collection: ...}, "head": {...}}`, empty unless `train`.
         """
         if rngs is None and train and self.key is not None:
             rngs = jax.random.fold_in(self.key, self.step)
@@ -180,7 +181,7 @@ class TrainState:
         return self.run(params, x, train, first, second)
 
     def run(self, params: Params, x: Tree, train: bool, rngs: Rngs, head_rngs: Rngs) -> tuple[Tree, dict[str, Tree]]:
-        """Do the work of `apply_fn`, with the randomness of backbone and head."""
+        """Do the work of `apply_fn`, with random keys for backbone and head."""
         backbone, head = self.model_variables(params)
         program, output = self.net.program(self.width), heads.program(self.head_spec)
         features, moved = program.apply(backbone, x, train and "local" in self.params, rngs)
@@ -188,14 +189,14 @@ class TrainState:
         return out, {"backbone": moved, "head": head_moved} if train else {}
 
     def apply_gradients(self, *, grads: Params, updates: dict[str, Tree] | None = None, **extra: Any) -> TrainState:
-        """Take a step of the optimizer; nothing that the task does not own moves by a bit.
+        """Take a step of the optimizer; no bit of a weight that the task does not own changes.
 
         `w <- where(owner == k, w + update, w)`. The optimizer sees parameters and gradients with 0 where the task owns
-        nothing, so norms and decay take no notice of other tasks.
+        nothing, so norms and decay ignore other tasks.
 
         Args:
           grads: as `self.params`.
-          updates: what `apply_fn` returned; None leaves running statistics as they are.
+          updates: the updates returned by `apply_fn`; None does not change running statistics.
           extra: arguments of the optimizer such as `value`, `grad`, `value_fn` and `grad_fn`; functions get whole
             parameters and gradients are masked.
 
@@ -219,7 +220,7 @@ class TrainState:
     ) -> TrainState:
         """Return the state after changes of the parameters and collections.
 
-        With `good`, a value is taken only where `good` holds and it is finite.
+        With `good`, a new value is used only if `good` holds and the value is finite.
         """
         slow: Any = self.slow
         if isinstance(changes, optax.LookaheadParams):
@@ -243,7 +244,7 @@ class TrainState:
         )
 
     def prune(self, fraction: float | jax.Array, *, scope: Scope = "leaf", of: Of = "available") -> TrainState:
-        """Release the smallest weights of the task until a fraction of its room is free, as `pae.prune`.
+        """Release the smallest weights until a fraction of the task's available weights is free, as `pae.prune`.
 
         Args:
           fraction: share in [0, 1]; may be traced.
@@ -263,24 +264,25 @@ class TrainState:
         return self._released(*pruning.pruned(self.all_shared(), self.owner, self.task_id, fraction, scope, of))
 
     def pruned_to(self, targets: jax.Array, scope: Scope) -> TrainState:
-        """Release the smallest weights until so many of each leaf, int32 (leaves,), are free."""
+        """Release the smallest weights until a given number of each leaf, int32 (leaves,), is free."""
         return self._released(*pruning.release_until(self.all_shared(), self.owner, self.task_id, targets, scope))
 
     def commit(self, net: Net, state: State) -> State:
-        """Take the trained task back into the network.
+        """Commit the trained task to the network.
 
         Args:
           net: the network description the state was made with.
           state: the network that this train state was created from.
 
         Returns:
-          A new state, with what was trained and released.
+          A new state, with the trained values and released weights.
 
         Raises:
           UnknownTaskError: the state has no task of this id.
           PhaseError: the task is frozen.
           StructureError: a leaf of another shape or dtype, or NaN or infinity; names it.
-          ForgettingError: the state is another one, or arrays of other tasks were changed; names the leaf.
+          ForgettingError: the train state was created from another state, or arrays of other tasks were changed; names
+            the leaf.
         """
         task = self._task(state)
         find_trainable(state, task, "commit")
@@ -295,7 +297,7 @@ class TrainState:
         return flax.accept(net, state, task, backbone, head, owner=self.owner, pick=pick)
 
     def as_state(self, state: State) -> State:
-        """Return the network with this task's arrays in it, unchecked and not copied; for a look during training."""
+        """Return the network with this task's arrays, unchecked and not copied; for evaluation during training."""
         task, entry = self._task(state), state.tasks[self._task(state)]
         backbone, head, pick = self.raw_variables()
         shared, local = self.net.split(backbone)
@@ -315,7 +317,7 @@ class TrainState:
         return int(self.task_id)
 
     def model_variables(self, params: Params) -> tuple[Tree, Tree]:
-        """Return the variables of backbone and head that given parameters stand for."""
+        """Return the variables of backbone and head for given parameters."""
         params = self._pinned(params)
         backbone, head, pick = self._variables(params)
         if self.picking is not None:
@@ -326,7 +328,7 @@ class TrainState:
         return backbone, head
 
     def raw_variables(self) -> tuple[Tree, Tree, Tree | None]:
-        """Return `(backbone, head, pick)` as the state holds them."""
+        """Return `(backbone, head, pick)` in the form of the network's state."""
         backbone, head, pick = self._variables(self.params)
         return without_empty(backbone), without_empty(head), pick
 
@@ -357,7 +359,7 @@ class TrainState:
         return after if self.slow is None else dataclasses.replace(after, slow=after.own(self.slow))
 
     def _masks(self) -> dict[str, Tree]:
-        """Return for the gated parts which entries of the parameters are the task's own."""
+        """Return masks of the task's own entries for the gated parts of the parameters."""
         masks: dict[str, Tree] = {}
         if "shared" in self.params:
             owners = traverse_util.flatten_dict(self.owner)
@@ -373,7 +375,7 @@ class TrainState:
         return {part: ownership.select(masks[part], sub) if part in masks else sub for part, sub in tree.items()}
 
     def _pinned(self, params: Params) -> Params:
-        """Return parameters with what the task does not own as it is in this state."""
+        """Return parameters in which entries that the task does not own are those of this state."""
         if params is self.params:
             return params
         if jax.tree.structure(params) != jax.tree.structure(self.params):
@@ -386,7 +388,7 @@ class TrainState:
         }
 
     def _whole(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Return extra arguments of an optimizer: functions of its own parameters made of functions of ours."""
+        """Return extra arguments of an optimizer, with functions wrapped to take the optimizer's parameters."""
         found = dict(extra)
         if "value_fn" in found:
             value_fn = found["value_fn"]
@@ -401,23 +403,9 @@ class TrainState:
         step = "traced" if is_traced(self.step) else np.asarray(self.step)
         return f"TrainState(step {step}, {weights:,} parameters in {', '.join(self.params)}, {self.net!r})"
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Return arrays and static fields, for JAX."""
-        arrays = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _ARRAYS]
-        return arrays, tuple(getattr(self, name) for name in _STATIC)
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        """Return arrays and static fields, for JAX."""
-        return tuple(getattr(self, name) for name in _ARRAYS), tuple(getattr(self, name) for name in _STATIC)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Any) -> TrainState:
-        """Undo `tree_flatten`, for JAX."""
-        return cls(*arrays, *static)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle keeps: functions that cannot be pickled, as those of optax, are left out."""
-        fields = {name: getattr(self, name) for name in (*_ARRAYS, *_STATIC)}
+        """Return the state to pickle, without functions that cannot be pickled, such as those of optax."""
+        fields = dict(vars(self))
         key = fields["key"]
         if key is not None:
             fields["key"] = (np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key)))
@@ -431,13 +419,10 @@ class TrainState:
         self.__dict__.update(fields)
 
     def __copy__(self) -> TrainState:
-        """Return the state itself, whose arrays nobody writes into."""
+        """Return the state itself, because its arrays are immutable."""
         return dataclasses.replace(self)
 
     def __deepcopy__(self, memo: Any) -> TrainState:
         """Return a state with its own copies of the arrays."""
         del memo
         return jax.tree.map(jnp.copy, self)
-
-
-_ARRAYS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name not in _STATIC)

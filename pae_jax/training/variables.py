@@ -1,4 +1,4 @@
-"""Trees of variables taken apart and joined: what trains, and what does not."""
+"""Split and join trees of trained and untrained variables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def without_empty(variables: Tree) -> Tree:
 
 
 def with_updates(variables: Tree, updates: Tree) -> Tree:
-    """Return variables with collections after a call; what was sown has no place in them."""
+    """Return variables with the collections updated by a call, without sown values."""
 
     def collection(name: str) -> Tree:
         flat, found = (traverse_util.flatten_dict(tree.get(name, {})) for tree in (variables, updates))
@@ -36,5 +36,5 @@ def with_updates(variables: Tree, updates: Tree) -> Tree:
 
 @jax.jit
 def strayed(owner: Tree, before: Tree, task_id: jax.Array) -> Tree:
-    """Count per leaf the weights whose owner changed otherwise than by a release."""
+    """Count per leaf the weights whose owner changed other than by a release."""
     return jax.tree.map(lambda o, b: jnp.sum((o != b) & ~((b == task_id) & (o == ownership.FREE))), owner, before)

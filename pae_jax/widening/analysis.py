@@ -1,4 +1,4 @@
-"""widen_maps: from two traced functions to the maps between their variables."""
+"""`widen_maps`: compute the maps between the variables of two traced functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pae_jax.widening.ranges import NOT_NEGATIVE, UNKNOWN, ZERO, Range
 from pae_jax.widening.terms import Clash, Term, given, index_map, opened
 from pae_jax.widening.trees import skeleton
 from pae_jax.widening.values import Reason, Value, unchanged
-from pae_jax.widening.walk import walk
+from pae_jax.widening.walk import Notes, walk
 
 Overrides = Mapping[str, Mapping[int, Sequence[int]]]
 
@@ -32,19 +32,19 @@ def widen_maps(
     *sample: Any,
     overrides: Overrides | None = None,
 ) -> WidenMaps:
-    """Find where the weights of a narrow network belong in a wider build of the same architecture.
+    """Find the positions of a narrow network's weights in a wider build of the same architecture.
 
-    Both functions are traced (nothing is computed or compiled) and read operation by operation; index maps of all axes
-    follow from what the programs do with them. With the narrow variables put into the wide tree by these maps, the wide
-    function returns the narrow function's outputs, at the places that `outputs` tells, up to summation order, for any
-    input, provided that
+    Both functions are traced (nothing is computed or compiled) and compared operation by operation; the operations
+    determine the index maps of all axes. With the narrow variables put into the wide tree by these maps, the wide
+    function returns the narrow function's outputs, at the positions given by `maps.outputs`, up to summation order, for
+    any input, provided that
 
     - new entries of weights are 0: of floating leaves of two or more axes (where the variables have a collection
       "params": of those in it), and of every integer or boolean leaf (owners, masks),
     - new entries of the local leaves, which are all others (biases, norm scales, offsets and statistics), are finite
-      and not negative, as zeros are and the usual fresh values 0 and 1, except that new entries of
-      `maps.zero_leaves` are 0,
-    - the narrow function's own intermediate numbers are finite, and nothing overflows.
+    and not negative, such as the usual initial values 0 and 1, except that new entries of `maps.zero_leaves` are 0,
+    - the narrow function's own intermediate values are finite, apart from -inf of a mask that hides some but never all
+    entries of a softmax, and nothing overflows.
 
     Args:
       narrow_fn: pure function of (variables, *sample); returns any pytree of arrays.
@@ -53,10 +53,11 @@ def widen_maps(
       wide_vars: its variables; same key paths and ranks, no axis shorter.
       *sample: example inputs of both functions, concrete or abstract.
       overrides: leaf path -> {axis: positions}, explicit maps of single axes: narrow coordinate i sits at positions[i].
-    Returns: the maps; `maps.report` lists the places, if any, where the function cannot be preserved.
+    Returns: the maps; `maps.report` lists the places, if any, where the function cannot be preserved, in the order of
+      the program: the first one is the cause of those that follow from it.
     Raises:
-      StructureError: the two are not one architecture, or something shrinks.
-      ArgumentError: an override that is no index map of its axis.
+      StructureError: the two are not the same architecture, or an axis shrinks.
+      ArgumentError: an override that is not a valid index map of its axis.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -83,30 +84,30 @@ def widen_maps(
 
     zero: frozenset[str] = frozenset()
     while True:
-        # Unification marks the terms, so every round starts from fresh ones.
+        # Unification modifies the terms, so every round starts from fresh ones.
         terms = {path: make() for path, make in leaves.items()}
         arguments = [
             Value(axes, UNKNOWN, ZERO if path in zero else _new_entries(path, narrow), leaf=path)
             for path, axes in terms.items()
         ]
-        blame: set[str] = set()
-        outputs = walk(programs_[0].body, programs_[1].body, [*arguments, *inputs], blame)
+        notes = Notes()
+        outputs = walk(programs_[0].body, programs_[1].body, [*arguments, *inputs], notes)
         reasons = frozenset[Reason]().union(*(value.reasons for value in outputs))
-        if not reasons or blame <= zero:
+        if not reasons or notes.blame <= zero:
             break
-        zero |= blame  # with the new entries of these at 0, it may be preserved
+        zero |= notes.blame  # with 0 as new entries of these, the function may be preserved
 
     return WidenMaps(
         leaves=tuple((path, _array_map(axes)) for path, axes in terms.items()),
         output_maps=tuple(_array_map(value.axes) for value in outputs),
         output_skeleton=shape,
-        reasons=tuple(sorted(reasons, key=lambda r: (r.where, r.primitive, r.problem, r.leaf, r.source))),
+        reasons=tuple(sorted(reasons, key=lambda reason: (notes.order.get(reason, len(notes.order)), str(reason)))),
         zero_leaves=tuple(sorted(zero)) if not reasons else (),
     )
 
 
 def _new_entries(path: str, leaves: Mapping[str, Any]) -> Range:
-    """What may stand at the new coordinates of a leaf."""
+    """Range of the values allowed at the new coordinates of a leaf."""
     leaf = leaves[path]
     elsewhere = not path.startswith("params/") and any(name.startswith("params/") for name in leaves)
     local = len(leaf.shape) < 2 or elsewhere

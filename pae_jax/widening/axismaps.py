@@ -1,4 +1,4 @@
-"""Index maps as they are kept: runs of consecutive coordinates, and arrays moved through them."""
+"""Stored index maps: runs of consecutive coordinates, and functions that move arrays by them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class AxisMap:
         return jnp.take(array, self.index, axis=axis, mode="clip")
 
     def spread(self, array: Any, axis: int) -> Any:
-        """Lay narrow entries out along the wide axis; what stands at new coordinates has no meaning."""
+        """Place narrow entries along the wide axis; entries at new coordinates are undefined."""
         if self.is_identity:
             return array
         source = np.zeros(self.wide, np.int64)
@@ -81,7 +81,7 @@ class AxisMap:
 
     @property
     def mask(self) -> np.ndarray:
-        """Bool array of `wide` entries: True where an old coordinate sits."""
+        """Bool array of `wide` entries: True at the old coordinates."""
         mask = np.zeros(self.wide, bool)
         mask[self.index] = True
         return mask
@@ -96,7 +96,7 @@ class AxisMap:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayMap:
-    """Where the entries of a narrow array sit in its wide counterpart: one `AxisMap` per axis."""
+    """Positions of the entries of a narrow array in its wide counterpart: one `AxisMap` per axis."""
 
     axes: tuple[AxisMap, ...]
 
@@ -143,7 +143,7 @@ class ArrayMap:
             starts = [0 if axis.is_identity else axis.runs[0][0] for axis in self.axes]
             base = jnp.zeros(self.wide, array.dtype) if into is None else jnp.asarray(into)
             return lax.dynamic_update_slice(base, array, starts)
-        # Gather along every axis, then choose: bits survive, and new places never see arithmetic.
+        # Gather along every axis, then select: bits are preserved, and new positions involve no arithmetic.
         mask = np.ones((), bool)
         for i, axis in enumerate(self.axes):
             array = axis.spread(array, i)
@@ -162,7 +162,7 @@ class ArrayMap:
 
 
 def _on_host(array: Any) -> bool:
-    """Whether NumPy can move the entries at once; JAX, for tracers and other devices, compiles per shape."""
+    """Whether NumPy can move the entries directly; else (tracers, other devices) JAX, which compiles per shape."""
     if isinstance(array, np.ndarray):
         return True
     if is_traced(array) or not isinstance(array, jax.Array):
@@ -171,5 +171,5 @@ def _on_host(array: Any) -> bool:
 
 
 def _like(result: np.ndarray, array: Any) -> jax.Array | np.ndarray:
-    """The result as the kind of array, and at the place, that `array` is."""
+    """The result as the same kind of array, and on the same device, as `array`."""
     return result if isinstance(array, np.ndarray) else jax.device_put(result, array.sharding)

@@ -1,4 +1,4 @@
-"""Constants: literals and arrays that the two programs hold, compared with each other."""
+"""Constants: compare the literals and arrays of the two programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pae_jax.widening.ranges import UNKNOWN, Range, exactly, hull
 from pae_jax.widening.terms import copies, given, opened
 from pae_jax.widening.values import Reason, Value, unchanged
 
-SMALL = 4096  # index arrays of at most this many entries are followed by value
+SMALL = 4096  # index arrays of at most this many entries are tracked by value
 
 _REMEDY = (
     "compute it from sizes that do not grow, for example normalise over groups of fixed size (or use BatchNorm), or "
@@ -53,7 +53,7 @@ def constant(narrow: Any, wide: Any, place: Place) -> Value:
         axes = tuple(copies(a, b) for a, b in zip(n.shape, w.shape, strict=True))
         return Value(axes, _range(n), _range(n), content=_content(n, w))
     corner = tuple(slice(size) for size in n.shape)
-    if np.array_equal(w[corner], n):  # true of the leading block, so that is where it is required to sit
+    if np.array_equal(w[corner], n):  # true for the leading block, so the map must be the leading block
         axes = tuple(given(range(a), b) for a, b in zip(n.shape, w.shape, strict=True))
         return Value(axes, _range(n), _range(w), content=_content(n, w))
     axes = tuple(opened(a, b) for a, b in zip(n.shape, w.shape, strict=True))
@@ -80,7 +80,7 @@ def _differs(value: Value, place: Place, problem: str) -> Value:
 def _range(array: np.ndarray) -> Range:
     if array.size == 0 or array.dtype.kind == "c":
         return UNKNOWN
-    if array.dtype.kind not in "biuf":  # bfloat16 and its kin
+    if array.dtype.kind not in "biuf":  # bfloat16 and similar dtypes
         array = array.astype(np.float32)
     return hull((exactly(float(array.min())), exactly(float(array.max()))))
 

@@ -21,10 +21,10 @@ from pae_jax.widening.values import Reason
 
 @dataclasses.dataclass(frozen=True)
 class WidenMaps:
-    """Where every entry of a narrow network's variables sits in a wider network's.
+    """Positions of all entries of a narrow network's variables in a wider network.
 
-    `put` and `take` work on any tree whose leaf paths are among the analysed ones, whatever the dtype: weights, owners,
-    masks. They are static inside `jax.jit`. Two maps are equal if they map alike, and hashable.
+    `put` and `take` work on any tree whose leaf paths were analysed, with any dtype: weights, owners, masks. They are
+    static inside `jax.jit`, compare by value and are hashable.
 
     Attributes:
       leaves: pairs (leaf path, its map), in the order of the variables.
@@ -74,12 +74,12 @@ class WidenMaps:
 
     @functools.cached_property
     def report(self) -> WidenReport:
-        """All that is known, for a reader: `print(maps.report)`."""
+        """The full report as text: `print(maps.report)`."""
         return WidenReport(self.leaves, self.reasons, self.zero_leaves)
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing grows at all."""
+        """Whether no axis grows."""
         return all(leaf.is_identity for _, leaf in self.leaves)
 
     @property
@@ -88,11 +88,11 @@ class WidenMaps:
         return rebuild(self.output_skeleton, self.output_maps)
 
     def put(self, tree: Any, into: Any = None) -> Any:
-        """Lay a narrow tree out in the wide shapes.
+        """Place a narrow tree into the wide shapes.
 
         Args:
           tree: pytree of narrow arrays, leaf paths among the analysed ones.
-          into: wide tree of the same structure whose entries fill the new places; None fills them with 0.
+          into: wide tree of the same structure whose entries fill the new positions; None fills them with 0.
         Returns: wide tree of the structure of `tree`.
         Raises:
           StructureError: an unknown leaf, or one of another shape or dtype.
@@ -143,12 +143,12 @@ class WidenMaps:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The maps as a JSON-able dict: runs in a table of distinct maps, leaves as numbers into it."""
+        """The maps as a JSON-able dict: runs in a table of distinct maps, leaves as indices into it."""
         return serial.encode(self.leaves, self.output_maps, self.output_skeleton, self.reasons, self.zero_leaves)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WidenMaps:
-        """Maps as `to_json` wrote them; nothing is derived again."""
+        """Maps read from the result of `to_json`, without a new analysis."""
         return cls(**serial.decode(data))
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class WidenMaps:
         return self._hash
 
     def __reduce__(self) -> Any:
-        # Without what is cached: hashes of strings differ from process to process.
+        # Without cached values: hashes of strings differ between processes.
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def _move(self, path: Any, leaf: Any, side: str) -> ArrayMap:

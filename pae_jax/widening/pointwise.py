@@ -1,7 +1,7 @@
 """Elementwise primitives as functions of ranges: one table, name -> (params, *ranges) -> range.
 
-A primitive is elementwise for the walk exactly if it stands in `POINTWISE`. The range that an entry gives holds every
-value that the primitive takes on its operand ranges; where bounds are not worth the trouble it says "finite" or less.
+The walk treats a primitive as elementwise exactly if it is in `POINTWISE`. The returned range contains every value of
+the primitive on its operand ranges; where exact bounds are not useful, it is only finite or unknown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def apply(primitive: str, params: Mapping[str, Any], dtype: Any, operands: tuple
     kind = np.dtype(dtype)
     if kind == np.bool_ or np.issubdtype(kind, np.integer):
         bounds = (0, 1) if kind == np.bool_ else (np.iinfo(kind).min, np.iinfo(kind).max)
-        if not (bounds[0] <= out.lo and out.hi <= bounds[1]):  # it may have wrapped
+        if not (bounds[0] <= out.lo and out.hi <= bounds[1]):  # the integer may have overflowed
             out = unknown(out)
         return dataclasses.replace(out, finite=True)
     limits = jnp.finfo(kind)
@@ -62,7 +62,7 @@ def _increasing(fn: Callable[[float], float]) -> Pointwise:
 
 
 def _above(fn: Callable[[float], float], least: float, strict: bool = True) -> Pointwise:
-    """An increasing function that exists above `least` only."""
+    """An increasing function that is defined only above `least`."""
 
     def rule(params: Mapping[str, Any], a: Range) -> Range:
         inside = a.lo > least or (a.lo == least and not strict)
@@ -104,7 +104,7 @@ def _magnitude(params: Mapping[str, Any], a: Range) -> Range:
 def _extremum(pick: Callable[[float, float], float], neutral: float) -> Pointwise:
     def rule(params: Mapping[str, Any], a: Range, b: Range) -> Range:
         for one, other in ((a, b), (b, a)):
-            if one.lo == one.hi == neutral:  # max with -inf and min with inf, as reductions start
+            if one.lo == one.hi == neutral:  # max with -inf and min with inf, the initial values of reductions
                 return other
         return span(pick(a.lo, b.lo), pick(a.hi, b.hi), a, b)
 
@@ -123,7 +123,7 @@ def _compare(certain: Callable[[Range, Range], bool], impossible: Callable[[Rang
 
 
 def _margin(x: float, y: float) -> float:
-    """How far two bounds must lie apart to be surely different numbers in any float type."""
+    """How far apart two bounds must be to differ in every float type."""
     return 0.0 if x.is_integer() and y.is_integer() else 0.01 * max(abs(x), abs(y))
 
 
@@ -267,7 +267,7 @@ POINTWISE: dict[str, Pointwise] = {
     "shift_right_arithmetic": _finite,
     "population_count": _finite,
     "clz": _finite,
-    # the same numbers in another dress
+    # the same values in another form
     "convert_element_type": _convert,
     "reduce_precision": _same,
     "copy": _same,
@@ -276,7 +276,7 @@ POINTWISE: dict[str, Pointwise] = {
     "name": _same,
     "real": _same,
     "optimization_barrier": _same,
-    # not worth bounds
+    # no useful bounds
     **dict.fromkeys(
         (
             "rem", "nextafter", "tan", "asin", "acos", "acosh", "atanh", "erf_inv", "lgamma", "digamma",

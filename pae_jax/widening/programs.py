@@ -1,7 +1,7 @@
-"""Programs: tracing a function to a jaxpr, and every JAX name below the documented surface that the engine needs.
+"""Programs: trace a function to a jaxpr; all undocumented JAX names that the engine needs are in this file.
 
-The rest of the package sees jaxprs through the small protocols of this file. Should a later JAX move something, this is
-the file to mend, and `trace` says so.
+The rest of the package uses jaxprs only through the small protocols of this file. If a later JAX version moves a name,
+only this file must be changed, and `trace` raises an error that says so.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def bodies(params: Mapping[str, Any]) -> Iterator[tuple[str, Body]]:
 
 
 def scan_counts(equation: Equation, inner: Body) -> tuple[int, int]:
-    """How many operands of a scan are constants and how many are its carry; slices of the others go round.
+    """How many operands of a scan are constants and how many are its carry; the others are scanned over.
 
-    The parameters that say so differ between JAX versions, shapes do not: a scanned operand or stacked result has one
-    axis more than the body's variable, a constant or a carry has the same.
+    The parameters with these counts differ between JAX versions, so they are read from shapes: a scanned operand or
+    stacked result has one axis more than the body's variable, a constant or a carry has the same number.
     """
 
     def same_rank(outer: Any, variable: Any) -> bool:
@@ -112,14 +112,14 @@ def scan_counts(equation: Equation, inner: Body) -> tuple[int, int]:
 
 
 def text(value: Any) -> str | None:
-    """A jaxpr and its constants as text, to compare two of them; None for anything else."""
+    """A jaxpr and its constants as text, for comparison; None for anything else."""
     if isinstance(value, ClosedJaxpr):
         return f"{value.jaxpr} {[np.asarray(const).tolist() for const in value.consts]}"
     return str(value) if isinstance(value, Jaxpr) else None
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value stands for an array of a program that is being traced, such as inside `jax.jit`."""
+    """Whether a value is a tracer, such as inside `jax.jit`."""
     return isinstance(value, Tracer)
 
 
@@ -134,7 +134,7 @@ def layer(equation: Equation) -> str:
 
 
 def source(equation: Equation) -> str:
-    """The innermost call outside of JAX and Flax as "file.py:line", or "" where the trace does not say."""
+    """The innermost call outside of JAX and Flax as "file.py:line", or "" if the trace does not contain it."""
     frames = getattr(getattr(equation.source_info, "traceback", None), "frames", ())
     for frame in frames:
         path = frame.file_name.replace("\\", "/")

@@ -1,8 +1,9 @@
-"""Ranges: what is known about a set of entries, as an interval.
+"""Ranges: intervals that contain a set of entries.
 
-The walk asks two questions about entries at new coordinates: are they exactly 0, and are they finite (0 times infinity
-is not 0)? An interval answers both and survives the usual arithmetic, e.g. the 1 / sqrt(variance + epsilon) of a norm.
-Bounds of -inf and inf mean "unknown but finite" while `finite` holds. Overflow of finite arithmetic is not modelled.
+The walk needs to know of entries at new coordinates whether they are exactly 0 and whether they are finite (0 times
+infinity is not 0). An interval gives both and can be propagated through arithmetic, e.g. the 1 / sqrt(variance +
+epsilon) of a norm. Bounds of -inf and inf mean "unknown but finite" while `finite` holds. Overflow of finite arithmetic
+is not modelled.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ NO_LEAVES: frozenset[str] = frozenset()
 class Range:
     """Entries lie in [lo, hi] and, if `finite`, none is infinite or NaN.
 
-    `leaves` are the parameters whose freely initialised new entries this range depends on; were their new entries 0,
-    the range might be narrower.
+    `leaves` are the parameters whose freely initialised new entries this range depends on; if these entries were 0, the
+    range might be narrower.
     """
 
     lo: float
@@ -54,7 +55,7 @@ def exactly(value: float) -> Range:
 
 
 def span(lo: float, hi: float, *sources: Range) -> Range:
-    """An interval computed from `sources`; bounds that are not a number mean nothing is known."""
+    """An interval computed from `sources`; NaN bounds mean that nothing is known."""
     finite = all(source.finite for source in sources)
     leaves = NO_LEAVES.union(*(source.leaves for source in sources))
     if math.isnan(lo) or math.isnan(hi):
@@ -63,7 +64,7 @@ def span(lo: float, hi: float, *sources: Range) -> Range:
 
 
 def hull(ranges: Iterable[Range]) -> Range:
-    """The smallest range that holds all of the given ones."""
+    """The smallest range that contains all of the given ones."""
     ranges = tuple(ranges)
     return span(min(r.lo for r in ranges), max(r.hi for r in ranges), *ranges)
 
@@ -74,7 +75,7 @@ def unknown(*sources: Range) -> Range:
 
 
 def anything(*sources: Range) -> Range:
-    """Nothing known, not even that it is finite."""
+    """Nothing known; values may be infinite or NaN."""
     return dataclasses.replace(unknown(*sources), finite=False)
 
 
@@ -89,7 +90,7 @@ def negative(a: Range) -> Range:
 
 
 def multiply(a: Range, b: Range) -> Range:
-    """Product; 0 times anything finite is 0, whatever the other factor depends on."""
+    """Product; 0 times anything finite is 0, regardless of what the other factor depends on."""
     for one, other in ((a, b), (b, a)):
         if one.zero and other.finite:
             return one
@@ -112,7 +113,7 @@ def total(a: Range, count: int) -> Range:
 
 
 def outward(a: Range, tiny: float) -> Range:
-    """Push bounds between 0 and `tiny` to 0: hardware may flush such numbers."""
+    """Round bounds between 0 and `tiny` to 0, because hardware may flush such numbers to 0."""
     lo = 0.0 if 0 < a.lo < tiny else a.lo
     hi = 0.0 if -tiny < a.hi < 0 else a.hi
     return a if (lo, hi) == (a.lo, a.hi) else dataclasses.replace(a, lo=lo, hi=hi)

@@ -1,4 +1,4 @@
-"""The table of rules: how each JAX primitive carries the knowledge about its operands to its results."""
+"""The table of rules: how each JAX primitive propagates facts about its operands to its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=RuleFn)
 class Rule:
     """A rule and the parameters that may differ between the narrow and the wide operation ("*": all of them).
 
-    Every other parameter must be equal in both, else the two programs are not one architecture.
+    Every other parameter must be equal in both, otherwise the two programs are not the same architecture.
     """
 
     fn: RuleFn

@@ -1,4 +1,4 @@
-"""What the analysis found out, for a reader."""
+"""The result of the analysis as readable text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pae_jax.widening.values import Reason
 
 @dataclasses.dataclass(frozen=True)
 class WidenReport:
-    """Which leaves grow and how, whether that preserves the narrow function, and under which condition.
+    """Which leaves grow and how, whether the narrow function is preserved, and under which condition.
 
     `str(report)` is a text with one line per growing leaf and per reason.
 
     Attributes:
       leaves: pairs (leaf path, its map), every leaf.
       reasons: one per place where the function is not preserved; empty if it is.
-      zero_leaves: paths of local leaves (biases, norm scales, ...) whose new entries must be 0; those of others may be
-        any finite numbers that are not negative. Empty for most networks, and without meaning if there are reasons.
+      zero_leaves: paths of local leaves (biases, norm scales, ...) whose new entries must be 0; new entries of the
+        other local leaves may be any finite numbers that are not negative. Empty for most networks, and meaningless if
+        there are reasons.
     """
 
     leaves: tuple[tuple[str, ArrayMap], ...]

@@ -1,4 +1,4 @@
-"""Maps as JSON: a table of distinct axis maps, and numbers into it.
+"""Maps as JSON: a table of distinct axis maps, and indices into it.
 
 {"format": 1,
  "maps":    [[wide size, [start, length], ...], ...]      growing axes only, each distinct one once

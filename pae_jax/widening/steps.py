@@ -22,8 +22,8 @@ KEEP_SIZE = "keep this axis at a fixed size, or pass widen_maps(overrides=...) w
 class Step:
     """The narrow and the wide operation side by side.
 
-    A rule reads `narrow` and `wide`, relates axes by `unify`, says `refuse` where the function would change and returns
-    one value per result, made by `value`. Whatever it refuses marks every result of the operation.
+    A rule reads `narrow` and `wide`, relates axes by `unify`, calls `refuse` if the function would change, and returns
+    one value per result, made by `value`. A refusal marks every result of the operation.
     """
 
     primitive: str
@@ -48,7 +48,7 @@ class Step:
 
     @property
     def leaf(self) -> str:
-        """Path of the parameter nearest upstream: the last operand's that has one (kernels come last)."""
+        """Path of the nearest upstream parameter: that of the last operand with one (kernels come last)."""
         return next((value.leaf for value in reversed(self.operands) if value.leaf), "")
 
     def refuse(self, problem: str, remedy: str, *blame: Range) -> None:
@@ -58,14 +58,14 @@ class Step:
         self.reasons.add(Reason(self.scope, self.primitive, self.leaf, problem, remedy, self.source))
 
     def unify(self, a: Term, b: Term, what: str) -> None:
-        """Require two axes to have one index map."""
+        """Require two axes to have the same index map."""
         try:
             unify(a, b)
         except Clash as clash:
             self.refuse(f"{what} disagree about where the old entries sit: {clash}", REORDERED)
 
     def attempt(self, make: Callable[[], Sequence[Term]], sizes: Iterable[tuple[int, int]], problem: str) -> list[Term]:
-        """Terms from `make`; where they clash, refuse and return undecided axes of `sizes`."""
+        """Terms from `make`; if they clash, refuse and return undecided axes of `sizes`."""
         try:
             return list(make())
         except Clash as clash:
@@ -80,7 +80,7 @@ class Step:
             raise self.mismatch(f"size {w}", f"at least {n}", f"Here {clash}: a network can only grow.") from clash
 
     def forgive(self, *values: Value) -> None:
-        """Say that the reasons of these operands do not matter: the rule has read their content for both widths."""
+        """Drop the reasons of these operands: the rule has read their content for both widths."""
         self.forgiven.extend(values)
 
     def value(
@@ -104,7 +104,7 @@ class Step:
         return self.value(index, [self.open_axis(n, w) for n, w in zip(narrow, wide, strict=True)])
 
     def mismatch(self, found: Any, expected: Any, hint: str = "") -> StructureError:
-        """The two programs are not one architecture."""
+        """Return the error that the two programs are not the same architecture."""
         place = "/".join(part for part in (self.scope, self.primitive) if part)
         hint = hint or "The narrow and the wide function must run the same operations in the same order."
         return StructureError(

@@ -1,17 +1,17 @@
-"""Axis terms: where the coordinates of a narrow axis of size n sit on its wide counterpart of size w.
+"""Axis terms: positions of the coordinates of a narrow axis of size n on its wide counterpart of size w.
 
 A term stands for one injective index map ``[0, n) -> [0, w)``. Most maps are unknown while a program is being read, so
-a term is a small expression whose open places are filled in by unification:
+a term is a small expression whose open parts are bound by unification:
 
 - `Same`     n == w, the identity. An axis that does not grow never permutes.
-- `Open`     undecided; unification may bind it once. What is still open at the end becomes the leading block.
+- `Open`     undecided; unification may bind it once. Terms still open at the end become the leading block.
 - `Given`    an explicit index map (an override, or an axis whose entries are their own coordinates).
-- `Joined`   parts laid end to end, as concatenation leaves them.
-- `Product`  factors in row-major order, as a merging reshape leaves them.
+- `Joined`   parts laid end to end, as from concatenation.
+- `Product`  factors in row-major order, as from a merging reshape.
 - `Copies`   the entries do not depend on the coordinate (a broadcast axis), so any map is right.
 
 Every constructor function returns the normal form: a term with n == w is `Same`, nested joins and products are flat,
-empty parts and factors of size 1 are gone.
+empty parts and factors of size 1 are removed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 
 class Clash(Exception):
-    """Two index maps that must be one map cannot be."""
+    """Two index maps that must be equal cannot be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ Term = Same | Open | Given | Joined | Product | Copies
 
 
 def resolve(term: Term) -> Term:
-    """Follow the bindings of open terms to what is known now."""
+    """Follow the bindings of open terms to the present term."""
     while isinstance(term, Open) and term.bound is not None:
         term = term.bound
     return term
@@ -166,7 +166,7 @@ def product(factors: Iterable[Term]) -> Term:
 
 
 def unify(a: Term, b: Term) -> None:
-    """Make two terms one map, binding open places; raises `Clash` where they cannot be one."""
+    """Make two terms equal by binding open terms; raise `Clash` if they cannot be equal."""
     a, b = resolve(a), resolve(b)
     if a is b:
         return
@@ -273,7 +273,7 @@ def factors(term: Term, sizes: Iterable[tuple[int, int]]) -> list[Term]:
 
 
 def index_map(term: Term) -> np.ndarray:
-    """The map as an index array of n entries; what is still undecided becomes the leading block."""
+    """The map as an index array of n entries; undecided terms become the leading block."""
     term = resolve(term)
     match term:
         case Given():
@@ -292,7 +292,7 @@ def index_map(term: Term) -> np.ndarray:
 
 def _parts(term: Term) -> list[Term]:
     term = resolve(term)
-    if isinstance(term, Joined):  # bindings made since it was built may have turned a part into a join
+    if isinstance(term, Joined):  # later bindings may have turned a part into a join
         return [piece for part in term.parts for piece in _parts(part)]
     return [term]
 
@@ -367,7 +367,7 @@ def _cut_product(term: Product, n: int, w: int) -> tuple[Term, Term]:
     before, after = cut(first, rows_n, rows_w)
     if (n, w) == (0, 0):
         return product((before, inner)), product((after, inner))
-    # The cut runs through one row, which must be one and the same row of both axes.
+    # The cut is inside one row, which must be the same row of both axes.
     _, after = cut(after, 1, 1)
     head, tail = cut(inner, n, w)
     return joined((product((before, inner)), head)), joined((tail, product((after, inner))))

@@ -1,4 +1,4 @@
-"""What the walk knows about one pair of arrays, and why a pair may not agree."""
+"""Facts about one pair of arrays, and reasons why a pair may not agree."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NO_REASONS: frozenset[Reason] = frozenset()
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """One place where the widened network would not compute the narrow function.
+    """One operation where the widened network would not compute the narrow function.
 
     Attributes:
       where: layer, from the name scopes of the program ("Block_0/LayerNorm_0"); "" outside of any layer.
       primitive: the JAX operation at that place.
-      leaf: path of the parameter nearest upstream; "" if none.
+      leaf: path of the nearest upstream parameter; "" if none.
       problem: what would change.
       remedy: what to do about it.
       source: "file.py:line" of the call, or "" if it is not known.
@@ -51,10 +51,10 @@ class Value:
     Attributes:
       axes: one term per axis.
       old: range of the entries of N, hence of the old cells of W.
-      new: range of the new cells of W; without meaning if no axis grows.
+      new: range of the new cells of W; meaningless if no axis grows.
       reasons: why W may disagree.
-      leaf: path of the parameter nearest upstream, for messages.
-      content: the arrays N and W themselves where they are known, small and integer (indices).
+      leaf: path of the nearest upstream parameter, for messages.
+      content: the arrays N and W themselves if they are known, small and integer (indices).
       peak: softmax bookkeeping, see `rules.softmax`.
     """
 
@@ -81,7 +81,7 @@ class Value:
 
     @property
     def unchanged(self) -> bool:
-        """Whether both arrays have one shape, so that they hold the same entries in the same order."""
+        """Whether both arrays have the same shape, so that they hold the same entries in the same order."""
         return self.narrow == self.wide
 
     def at(self, fresh: Iterable[int]) -> Range:
@@ -94,7 +94,7 @@ class Peak:
     """A value known relative to its maximum along some axes.
 
     kind "maximum": the maximum of `of` over `axes` (axes of `of`). kind "level": entries whose largest one along
-    `axes` is exactly `level`.
+    `axes` is exactly `level`. kind "masked": new cells are finite, or -inf where the old ones are.
     """
 
     kind: str

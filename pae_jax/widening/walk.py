@@ -1,13 +1,13 @@
 """The walk: both programs read in lockstep, operation by operation.
 
-A variable of the narrow program and its counterpart of the wide one share one `Value`; an operand that is another value
-in the other program means that the two are wired differently.
+A variable of the narrow program and its counterpart of the wide one share one `Value`; if an operand has different
+values in the two programs, their operations are connected differently.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,28 @@ from pae_jax.widening.constants import Place, constant
 from pae_jax.widening.registry import RULES
 from pae_jax.widening.rules import unknown_primitive
 from pae_jax.widening.steps import Step
-from pae_jax.widening.values import Value
+from pae_jax.widening.values import Reason, Value
 
-# Never part of what an operation computes.
+
+@dataclasses.dataclass
+class Notes:
+    """Findings of a walk.
+
+    Attributes:
+      blame: leaves whose new entries would have to be 0 for a refused place to be preserved.
+      order: reasons, in the order of the program; the first causes those that follow from it.
+    """
+
+    blame: set[str] = dataclasses.field(default_factory=set)
+    order: dict[Reason, int] = dataclasses.field(default_factory=dict)
+
+    def met(self, reasons: Set[Reason]) -> None:
+        """Record where each reason first occurred."""
+        for reason in sorted(reasons - self.order.keys(), key=str) if reasons else ():
+            self.order[reason] = len(self.order)
+
+
+# These never affect the result of an operation.
 _IGNORED = frozenset({"out_sharding", "sharding", "name", "weak_type"})
 
 
@@ -28,16 +47,16 @@ def walk(
     narrow: programs.Body,
     wide: programs.Body,
     arguments: Sequence[Value],
-    blame: set[str],
+    notes: Notes,
     caller: Step | None = None,
 ) -> list[Value]:
-    """Carry the knowledge about the arguments through two programs of one architecture.
+    """Propagate the facts about the arguments through two programs of the same architecture.
 
     Args:
       narrow, wide: the two programs.
       arguments: one value per input.
-      blame: filled with the leaves whose new entries would have to be 0 for a refused place to be preserved.
-      caller: the operation that holds the two programs; None for the outermost ones.
+      notes: filled with the findings.
+      caller: the operation that contains the two programs; None for the outermost ones.
     Returns: one value per output.
     Raises:
       StructureError: the programs differ.
@@ -65,7 +84,7 @@ def walk(
         )  # fmt: skip
 
     def descend(step: Step, n_body: programs.Body, w_body: programs.Body, values: Sequence[Value]) -> list[Value]:
-        return walk(n_body, w_body, values, blame, step)
+        return walk(n_body, w_body, values, notes, step)
 
     for n_eqn, w_eqn in zip(narrow.equations, wide.equations, strict=False):
         place = "/".join(part for part in (scope, programs.layer(n_eqn)) if part)
@@ -73,9 +92,10 @@ def walk(
         _same_operation(n_eqn, w_eqn, place, source)
         use = Place(place, n_eqn.primitive.name, source)
         operands = [read(use, n, w) for n, w in zip(n_eqn.invars, w_eqn.invars, strict=True)]
-        step = Step(n_eqn.primitive.name, n_eqn, w_eqn, place, source, operands, blame, descend)
+        step = Step(n_eqn.primitive.name, n_eqn, w_eqn, place, source, operands, notes.blame, descend)
         for n_var, w_var, value in zip(n_eqn.outvars, w_eqn.outvars, _results(step), strict=True):
             known[0][n_var] = known[1][w_var] = value
+            notes.met(value.reasons)
     if len(narrow.equations) != len(wide.equations):
         raise StructureError(
             "wide program", scope, f"{len(wide.equations)} operations", len(narrow.equations),
@@ -87,7 +107,7 @@ def walk(
 def _source(equation: programs.Equation, caller: Step | None) -> str:
     """Where the user's code calls the operation.
 
-    The body of a jitted function is traced once and then shared, so its own source may be that of another call.
+    The body of a jitted function is traced once and then shared, so its recorded source may be that of another call.
     """
     if caller and caller.primitive in ("jit", "pjit") and caller.source:
         return caller.source
@@ -118,7 +138,7 @@ def _results(step: Step) -> Sequence[Value]:
         if getattr(narrow, "dtype", None) != getattr(wide, "dtype", None):
             raise step.mismatch(f"dtype {wide.dtype}", narrow.dtype)
     results = rule.fn(step, step.operands)
-    # What a rule refuses after it made its first result marks that one too.
+    # A refusal after the first result was made marks that result too.
     return [dataclasses.replace(r, reasons=r.reasons | step.reasons) if step.reasons else r for r in results]
 
 

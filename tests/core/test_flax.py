@@ -630,9 +630,7 @@ def test_as_flax_computes_what_predict_does_bit_for_bit_whatever_the_task_shares
 ):
     used = net if kind == "linen" else nnx_net
     state = pae.freeze(pae.prune(two_tasks(used), "new", 0.5), "new")
-    state = scored(
-        pae.pack(used, state, "third", head=3, key=KEY(3), reclaim_init="fresh", **SHARING[sharing]), "third"
-    )
+    state = scored(pae.pack(used, state, "third", head=3, key=KEY(3), weight_init="fresh", **SHARING[sharing]), "third")
     for now in (state, pae.freeze(state, "third"), pae.expand(used, pae.freeze(state, "third"), width=1.5, key=KEY(4))):
         for task in ("old", "new", "third"):
             assert_same(answer(used, now, task), pae.predict(used, now, task, X))

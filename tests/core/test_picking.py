@@ -1,5 +1,7 @@
 """Picks of older weights: what they hide and turn, how they learn and are kept; the bit laws are in test_laws.py."""
 
+import hashlib
+import json
 import math
 
 import jax
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import pae_jax as pae
-from pae_jax.core import picking
+from pae_jax.core import integrity, picking
+from pae_jax.nets import heads
 from pae_jax.trees import flatten
 
 SCORES = hnp.arrays(np.float32, 12, elements=st.floats(-1, 1, width=32, allow_subnormal=False))
@@ -25,7 +28,7 @@ def make_picked(net, frozen):
     """Pack a task that picks on top of a state, by default the one of "a"; its name is "b"."""
 
     def make(state=frozen, task="b", **options):
-        return pae.pack(net, state, task, head=2, key=jax.random.key(3), sharing="picked", **options)
+        return pae.pack(net, state, task, **({"head": 2, "key": jax.random.key(3), "sharing": "picked"} | options))
 
     return make
 
@@ -136,6 +139,37 @@ def test_signs_are_stored_in_one_bit_per_older_weight_or_two_if_ternary_and_come
 
 
 # pack, masks, report
+
+
+def test_with_a_top_share_the_highest_scores_of_each_leaf_are_picked_and_no_other():
+    """Highest, not largest in magnitude; ties by index; half a weight goes to the even number."""
+    rule = pae.Picking(top=0.5)
+    assert rule.signs({"w": jnp.asarray([-0.9, 0.1, 0.3, -0.2])})["w"].tolist() == [False, True, True, False]
+    assert rule.signs({"w": jnp.zeros(5)})["w"].tolist() == [False, False, False, True, True]
+    scores = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(7, 9)), jnp.float32)}
+    for share in (0.1, 0.37, 1.0):
+        marks = np.asarray(jax.jit(pae.Picking(top=share).signs)(scores)["w"])
+        assert marks.sum() == round(share * 63)
+        assert np.asarray(scores["w"])[marks].min() >= np.max(np.asarray(scores["w"])[~marks], initial=-np.inf)
+
+
+def test_with_a_top_share_scores_start_uniform_by_fan_in_drawn_by_the_key(make_picked):
+    one, same, other = (
+        pick_of(make_picked(picking=pae.Picking(top=0.3), key=key).tasks["b"]) for key in map(jax.random.key, (3, 3, 4))
+    )
+    for path, fan_in in (("Dense_0/kernel", 4), ("Dense_1/kernel", 8)):
+        scores = np.asarray(one[path])
+        assert 0.5 * fan_in**-0.5 < np.abs(scores).max() <= fan_in**-0.5
+        np.testing.assert_array_equal(scores, same[path])
+        assert (scores != np.asarray(other[path])).all()
+
+
+def test_the_digest_of_settings_without_a_top_share_is_that_of_before_there_was_one(make_picked):
+    """Tasks that pick and were frozen by an earlier version still verify."""
+    entry = make_picked().tasks["b"]
+    rule = {"threshold": 0.005, "initial": 0.01, "ternary": False}
+    known = json.dumps([2, 1.0, "picked", heads.describe(2), rule])
+    assert integrity._settings_digest(entry) == hashlib.sha256(known.encode()).hexdigest()
 
 
 def test_a_new_task_picks_every_older_weight_and_its_scores_start_at_the_initial_value(net, frozen, picked):
@@ -343,7 +377,7 @@ def test_picks_that_are_no_part_or_get_updates_of_zero_stay_as_they_are(picked, 
     state, adam = with_scores(picked, some_hidden), optax.adam(0.01)
     still, _ = quick_fit(state, "b", parts=("shared", "local", "head"))
     zero, _ = quick_fit(state, "b", optimizer=with_picks(adam, optax.chain(adam, optax.set_to_zero())))
-    late = optax.adam(lambda step: 0.001 * (step >= 5))
+    late = optax.adam(lambda step: 0.001 * (jnp.asarray(step) >= 5))
     moved, _ = quick_fit(state, "b", optimizer=with_picks(adam, late))
     assert_same(still.tasks["b"].pick, state.tasks["b"].pick)
     assert_same(zero.tasks["b"].pick, state.tasks["b"].pick)

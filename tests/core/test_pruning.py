@@ -37,7 +37,7 @@ def state_of(shared, owner):
             id=i,
             width=1.0,
             head_spec=2,
-            layout=(),
+            layout="{}",
             digests=jnp.zeros((1 + len(shared), 32), jnp.uint8 if i == 1 else bool),
         )
         for i, name in ((1, "old"), (2, "new"))

@@ -136,11 +136,14 @@ def replaced(number, blob):
 
 
 BROKEN = {
-    "arrays missing": ({"bytes": ARRAYS["bytes"]}, r"arrays \['offsets', .*\] are missing, found \['bytes'\]"),
-    "objects": (changed(fine_names=np.array(list(FINE), object)), "cannot be read .*allow_pickle"),
-    "bytes cut off": (changed(bytes=ARRAYS["bytes"][:-1]), "offsets do not cut the .* Is the file cut off"),
-    "offsets cut off": (changed(offsets=ARRAYS["offsets"][:-1]), "expected 85 rising numbers"),
-    "offsets fall": (changed(offsets=np.r_[0, ARRAYS["offsets"][2:], ARRAYS["offsets"][1]]), "offsets do not cut"),
+    "arrays missing": ({"bytes": ARRAYS["bytes"]}, "lacks offsets, split, fine, .* found bytes"),
+    "objects": (changed(fine_names=np.array(list(FINE), object)), "fine_names holds Python objects, which are never"),
+    "bytes cut off": (
+        changed(bytes=ARRAYS["bytes"][:-1]),
+        "offsets .* that rise .* Is the file complete",
+    ),
+    "offsets cut off": (changed(offsets=ARRAYS["offsets"][:-1]), "offsets .* that rise from 0 to the"),
+    "offsets fall": (changed(offsets=np.r_[0, ARRAYS["offsets"][2:], ARRAYS["offsets"][1]]), "offsets .* that rise"),
     "float offsets": (changed(offsets=ARRAYS["offsets"] / 1), r"offsets is float64\[85\], expected integers"),
     "wide bytes": (changed(bytes=ARRAYS["bytes"].astype(np.uint16)), "bytes is uint16.*expected uint8"),
     "table of labels": (changed(fine=ARRAYS["fine"][None]), r"fine is uint8\[1, 84\], expected integers in one"),
@@ -149,9 +152,15 @@ BROKEN = {
         r"split has the values \[0, 1, 2\], expected 0 .train. and 2",
     ),
     "no test part": (changed(split=np.zeros(84, int)), r"split has the values \[0\]"),
-    "label too large": (changed(coarse=ARRAYS["fine"]), "coarse has .* values 0 to 5, expected .84,. and 0 to 2"),
-    "label negative": (changed(fine=ARRAYS["fine"].astype(int) - 1), "fine has .* values -1 to 4"),
-    "labels cut off": (changed(fine=ARRAYS["fine"][:-1]), r"fine has shape \(83,\)"),
+    "label too large": (
+        changed(coarse=ARRAYS["fine"]),
+        "coarse is 3 for image 3, expected 0..2 .numbers",
+    ),
+    "label negative": (changed(fine=ARRAYS["fine"].astype(int) - 1), "fine is -1 for image 0, expected 0..5"),
+    "labels cut off": (
+        changed(fine=ARRAYS["fine"][:-1]),
+        r"fine is uint8\[83\], expected integers, one for each",
+    ),
     "no image": (replaced(17, b"no image"), "image 17: cannot be decoded"),
     "empty image": (replaced(3, b""), "image 3: found 0 bytes"),
     "cut image": (replaced(70, encoded(IMAGES[70])[:50]), "image 70: cannot be decoded"),
@@ -168,16 +177,16 @@ def test_a_broken_pack_is_refused_with_its_name_and_what_is_wrong(tmp_path, name
 
 
 def test_what_is_no_pack_is_refused(tmp_path, pack):
-    with pytest.raises(DataError, match=r"gone\.npz: no such file; expected a pack of CIFAR-100"):
+    with pytest.raises(DataError, match=r"gone\.npz: cannot be read .* expected an \.npz file of arrays with bytes, "):
         load(tmp_path / "gone.npz")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="found a folder, expected"):
         load(tmp_path)
     np.save(tmp_path / "array.npy", np.arange(3))
-    with pytest.raises(DataError, match=r"array\.npy: the arrays \['bytes', .*\] are missing, found \[\]"):
+    with pytest.raises(DataError, match=r"array\.npy: cannot be read as an \.npz file"):
         load(tmp_path / "array.npy")
     for content in (b"", b"text", pack.read_bytes()[:-100], pack.read_bytes()[5:]):
         (tmp_path / "file.npz").write_bytes(content)
-        with pytest.raises(DataError, match=r"file\.npz: (cannot be read|the arrays .* are missing)"):
+        with pytest.raises(DataError, match=r"file\.npz: cannot be read"):
             load(tmp_path / "file.npz")
 
 
@@ -216,7 +225,7 @@ def official(tmp_path, monkeypatch):
         add("coarse_label_names.txt", "\n".join([*COARSE, *(f"coarse_{i}" for i in range(17))]).encode() + b"\n")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
     handler = functools.partial(Quiet, directory=tmp_path / "served")

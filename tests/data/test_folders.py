@@ -3,6 +3,8 @@
 import os
 import pickle
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -182,3 +184,78 @@ def test_a_whole_image_that_goes_bad_in_the_cache_is_refused_by_name(load, monke
     object.__setattr__(source, "_records", records)
     with pytest.raises(DataError, match=r"ann/1\.png: found 0 bytes"):
         source[0]
+
+
+def test_a_link_may_lead_out_of_the_folder_only_if_asked(root, load, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    Image.fromarray(pixels("a", "b", "c")).save(outside / "secret.png")
+    link = root / "train" / "ann" / "1.png"
+    link.unlink()
+    link.symlink_to(outside / "secret.png")
+    with pytest.raises(DataError, match=rf"1\.png: is a link to {outside}/secret\.png, outside of .*follow_links"):
+        load()
+    folders = image_folder(root, cache_dir=tmp_path / "cache", splits=("train", "val"), follow_links=True)
+    assert np.array_equal(folders["train"][0]["image"], pixels("a", "b", "c"))
+    link.unlink()
+    link.symlink_to("2.png")
+    assert np.array_equal(load()["train"][0]["image"], pixels("train", "ann", "2.png"))
+    (root / "val" / "ann").rename(outside / "ann")
+    (root / "val" / "ann").symlink_to(outside / "ann")
+    with pytest.raises(DataError, match=r"val/ann: is a link to"):
+        load()
+    (root / "val").rename(outside / "val")
+    (root / "val").symlink_to(outside / "val")
+    with pytest.raises(DataError, match=r"val: is a link to"):
+        load()
+
+
+def test_a_fifo_among_the_images_is_named_and_not_waited_for(root, load):
+    os.mkfifo(root / "train" / "ann" / "z.png")
+    with pytest.raises(DataError, match=r"z\.png: found a FIFO, socket or device, expected images only"):
+        load()
+
+
+def test_a_file_that_becomes_a_fifo_before_it_is_read_is_refused(root, load, monkeypatch, tmp_path):
+    place = root / "train" / "ann" / "1.png"
+    records = builders.folder_records
+
+    def late(*arguments):
+        place.unlink()
+        os.mkfifo(place)
+        return records(*arguments)
+
+    monkeypatch.setattr(builders, "folder_records", late)
+    with pytest.raises(DataError, match=r"1\.png: found a FIFO, expected an image"):
+        load()
+    assert kept(tmp_path) == []
+
+
+def test_a_name_that_is_not_utf8_is_named(root, load):
+    os.rename(root / "train" / "ann" / "1.png", os.fsencode(root / "train" / "ann") + b"/caf\xe9.png")
+    with pytest.raises(DataError, match=r"train/ann: the name 'caf.udce9\.png' is not UTF-8.*Rename the file"):
+        load()
+
+
+def test_a_program_that_starts_programs_is_no_image(root, load, tmp_path, monkeypatch):
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.fromarray(pixels("a", "b", "c")).save(root / "train" / "ann" / "1.png", "eps")
+    with pytest.raises(DataError, match=r"1\.png: cannot be decoded as an image; expected one of JPEG"):
+        load()
+    assert not (tmp_path / "started").exists()
+
+
+def test_two_jobs_may_store_one_folder_at_the_same_time(root, tmp_path):
+    start = threading.Barrier(3)
+
+    def job(_):
+        start.wait()
+        source = image_folder(root, cache_dir=tmp_path / "cache", splits=("train", "val"))["train"]
+        return [item["image"].tobytes() for item in source]
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(job, range(3))
+    assert len(first) == 12 and all(other == first for other in others)

@@ -141,12 +141,23 @@ def test_a_constant_channel_becomes_zero():
         np.testing.assert_allclose(normalised(images, mean, std), 0, atol=1e-7)
 
 
+def with_one(value):
+    images = IMAGES / 255
+    images[37, 1, 0, 2] = value
+    return images
+
+
 DATA = {
     "lengths": ({"y": LABELS[:-1]}, r"x and y: found inputs of shape \(120, 5, 4, 3\) and labels of shape \(119,\)"),
     "one-hot labels": ({"y": np.eye(6, dtype=int)[LABELS]}, "expected .* and .n,."),
     "no channels": ({"x": np.zeros(120)}, "expected .n, ..., channels."),
     "float labels": ({"y": LABELS.astype(float)}, "labels of dtype float64, expected class ids"),
-    "negative labels": ({"y": LABELS - 1}, "integers of at least 0"),
+    "no labels": (
+        {"y": np.where(np.arange(120) % 7, LABELS, -1)},
+        "18 labels below 0, first -1 for example 0, ",
+    ),
+    "one NaN": ({"x": with_one(np.nan)}, "x and y: found NaN or infinity in 1 of 120 examples, first in example 37"),
+    "one infinity": ({"x": with_one(-np.inf)}, "first in example 37, .* Repair these examples or leave them out"),
     "int32 images": ({"x": IMAGES.astype(np.int32)}, "x and y: found int32, expected uint8 images or floats"),
     "test of another size": ({"test": (TEST[0][:, 1:], TEST[1])}, r"test: found uint8 inputs of shape \(4, 4, 3\)"),
     "test of another type": ({"test": (TEST[0] / 255, TEST[1])}, "test: found float64"),
@@ -194,3 +205,12 @@ def test_statistics_that_do_not_fit_the_images_are_refused():
         normalised(IMAGES.astype(int), [0.5] * 3, [0.2] * 3)
     with pytest.raises(DataError, match="at least one entry"):
         channel_statistics(IMAGES[:0])
+
+
+def test_one_bad_pixel_never_reaches_the_mean_nor_the_test_images():
+    bad = with_one(np.nan)
+    for call in (channel_statistics, lambda x: normalised(x, [0, 0, 0], [1, 1, 1])):
+        with pytest.raises(DataError, match="images: found NaN or infinity in 1 of 120 examples, first in example 37"):
+            call(bad)
+    with pytest.raises(DataError, match="test: found NaN or infinity in 1 of 120"):
+        class_incremental(IMAGES / 255, LABELS, 2, test=(bad, LABELS))

@@ -17,6 +17,7 @@ from PIL import Image
 
 import pae_jax as pae
 from pae_jax.data import batches, image_folder, in_order, normalised, resized
+from pae_jax.errors import DataError
 
 pytest.importorskip("grain", reason="grain is in the extra data")
 
@@ -196,3 +197,20 @@ def test_the_library_imports_none_of_the_optional_packages():
         "import pae_jax.data\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+UNUSABLE = {
+    "NaN": ({"image": np.float32([[np.nan]]), "label": 0}, "example 3: found NaN or infinity"),
+    "infinite target": ({"image": np.float32([[1]]), "label": np.inf}, "example 3: found NaN or infinity"),
+    "no label": ({"image": np.float32([[1]]), "label": None}, "example 3 has no label"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_an_example_that_nothing_can_be_learned_from_is_named_by_its_place_in_the_source(kind, shuffled):
+    example, message = UNUSABLE[kind]
+    source = [*({"image": np.float32([[i]]), "label": i} for i in range(3)), example]
+    stream = batches(source, 2, key_or_seed=0) if shuffled else in_order(source, 2)
+    with pytest.raises(DataError, match=message):
+        list(stream(0))

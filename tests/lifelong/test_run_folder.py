@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.lifelong import one_task, run_folder
-from pae_jax.lifelong.policy import StageRecord
+from pae_jax.lifelong import one_task
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
+from pae_jax.lifelong.run_folder import folder_name
+from pae_jax.lifelong.settings import checksums
 from pae_jax.lifelong.task import CheckedTask
+from pae_jax.storage import files
 
 KEY = jax.random.key(7)
 QUICK = Phase(2, Rate(0.03))
@@ -48,6 +50,7 @@ def make_task(name, seed=0, **options):
 
 
 TASKS = [make_task("age", 0), make_task("gender: m/f", 1)]
+GENDER = folder_name("02-", "gender: m/f")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,10 +108,10 @@ def test_a_run_has_a_folder_per_task_and_files_of_records(finished):
     path, _ = finished
     assert sorted(entry.name for entry in path.iterdir()) == [
         "01-age",
-        "02-gender_m_f",
+        GENDER,
         "accuracy.json",
         "baseline-age",
-        "baseline-gender_m_f",
+        folder_name("baseline-", "gender: m/f"),
         "events.jsonl",
         "stages.csv",
     ]
@@ -181,7 +184,7 @@ def test_what_is_not_finite_is_null_in_events_and_records(net, empty, tmp_path):
 
 def test_the_accuracies_are_those_of_the_matrix(finished):
     path, result = finished
-    saved = json.loads((path / "accuracy.json").read_text())
+    saved = json.loads((path / "accuracy.json").read_text())["rows"]
     assert [row["after"] for row in saved] == ["age", "gender: m/f"]
     np.testing.assert_array_equal(pae.Run(path).matrix.values, result.matrix.values)
     assert saved[1]["accuracies"] == pae.Run(path).accuracies("gender: m/f")
@@ -191,9 +194,9 @@ def test_the_accuracies_are_those_of_the_matrix(finished):
 
 def test_the_frozen_stage_is_the_network_after_the_task(net, finished, assert_same):
     path, result = finished
-    loaded = pae.load(net, path / "02-gender_m_f" / "frozen")
+    loaded = pae.load(net, path / GENDER / "frozen")
     assert_same(loaded, result.state)
-    facts = pae.read_metadata(path / "02-gender_m_f" / "frozen")["metadata"]
+    facts = pae.read_metadata(path / GENDER / "frozen")["metadata"]
     assert facts["status"] == result.outcomes[1].status.name
     assert facts["test"] == result.outcomes[1].test
     assert facts["goal"] == result.outcomes[1].goal
@@ -204,7 +207,7 @@ def test_keep_all_keeps_every_stage_and_the_same_results(net, learn_all, finishe
     everything = learn_all(tmp_path, keep="all")
     assert_same(everything.state, result.state)
     for number, outcome in enumerate(result.outcomes):
-        folder = tmp_path / ["01-age", "02-gender_m_f"][number]
+        folder = tmp_path / ["01-age", GENDER][number]
         stages = {entry.name for entry in folder.iterdir() if entry.is_dir()}
         assert stages == {*(record.stage for record in outcome.records), "frozen"}
         for record in outcome.records:
@@ -254,24 +257,27 @@ def test_a_table_is_not_made_shorter_by_a_process_that_sees_less(net, empty, cop
 
 
 def test_a_task_whose_folder_was_removed_is_learned_again_and_its_old_records_are_gone(learn_all, finished, copied):
-    shutil.rmtree(copied / "02-gender_m_f")
+    shutil.rmtree(copied / GENDER)
     other = dataclasses.replace(TASKS[1], test=(TASKS[1].test[0], 1 - TASKS[1].test[1]))
-    shutil.rmtree(copied / "baseline-gender_m_f")
+    shutil.rmtree(copied / folder_name("baseline-", "gender: m/f"))
     again = learn_all(copied, [TASKS[0], other])
     assert again.matrix.values[1, 1] == again.outcomes[1].test == pytest.approx(1 - finished[1].outcomes[1].test)
-    assert [row["after"] for row in json.loads((copied / "accuracy.json").read_text())] == ["age", "gender: m/f"]
+    assert [row["after"] for row in json.loads((copied / "accuracy.json").read_text())["rows"]] == [
+        "age",
+        "gender: m/f",
+    ]
 
 
 def test_a_half_written_stage_is_cleaned_away(learn_all, finished, copied, state_facts):
     """As if the process had been killed while it saved the first rung."""
-    folder = copied / "02-gender_m_f"
+    folder = copied / GENDER
     shutil.rmtree(folder / "frozen")
-    half = folder / "0-pruned-0.300.orbax-checkpoint-tmp-123"
+    half = folder / f"{files.ASIDE}0123"
     half.mkdir()
     (half / "manifest").write_text("half")
-    (folder / "settings.json.tmp").write_text("{")
+    (folder / f"{files.ASIDE}4567").write_text("{")
     result = learn_all(copied, keep="all")  # a run that removes nothing else
-    assert not half.exists()
+    assert not list(folder.glob(f"{files.ASIDE}*"))
     assert state_facts(result.state) == state_facts(finished[1].state)
 
 
@@ -297,7 +303,7 @@ OTHERS = {
     "goal": ({"goals": {"age": 0.5}}, "goal", "0.0", "0.5"),
     "key": ({"key": jax.random.key(8)}, "key[1]", "7", "8"),
     "validation labels": ({"task": {"val": FLIPPED}}, "data.val.1", "'int32[12] ", "'int32[12] "),
-    "loss": ({"task": {"loss": mean_logit}}, "loss", "None", "'mean_logit'"),
+    "loss": ({"task": {"loss": mean_logit}}, "loss", "None", "'mean_logit "),
     "a loss of the whole batch": ({"task": {"loss_per": "batch"}}, "loss_per", "'example'", "'batch'"),
     "metric": ({"task": {"metric": pae.Metric("other")}}, "metric.name", "'accuracy'", "'other'"),
     "head": ({"task": {"head": 3}}, "head", "2", "3"),
@@ -349,17 +355,12 @@ def test_tasks_to_come_make_no_difference_where_nothing_depends_on_them(learn_al
     assert state_facts(longer.state) == state_facts(learn_all(tmp_path / "both", TASKS, recipe).state)
 
 
-def test_labels_in_a_list_and_data_in_a_dict_are_known_by_their_values(net, empty, tmp_path, no_training):
+def test_labels_in_a_list_data_in_a_dict_and_batches_in_a_list_are_known_by_their_values():
     x, y = TASKS[0].train
-    for data, other in (((x, list(y)), (x, list(1 - y))), ({"image": x, "label": y}, {"image": x, "label": 1 - y})):
-        one, two = (
-            run_folder.settings_of(empty, dataclasses.replace(TASKS[0], train=train), RECIPE, KEY, None, None)["data"]
-            for train in (data, other)
-        )
-        assert one["train"] != two["train"]
-        assert one["val"] == two["val"]
-    batches = dataclasses.replace(TASKS[0], train=[(x, y)])
-    assert run_folder.settings_of(empty, batches, RECIPE, KEY, None, None)["data"]["train"] is None
+    kinds = {"list": lambda y: (x, list(y)), "dict": lambda y: {"image": x, "label": y}, "batches": lambda y: [(x, y)]}
+    for kind in kinds.values():
+        assert checksums(kind(y)) == checksums(kind(y.copy())) != checksums(kind(1 - y))
+    assert checksums(lambda epoch: iter([(x, y)])) is None
 
 
 # TensorBoard
@@ -417,20 +418,134 @@ def test_without_tensorboardx_a_run_works_and_has_no_folder_for_it(net, empty, t
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "accuracy.json"
-    run_folder.write_text(path, "before")
-    monkeypatch.setattr(run_folder.os, "replace", lambda *paths: pytest.fail("killed"))
-    with pytest.raises(pytest.fail.Exception):
-        run_folder.write_text(path, "after, but killed")
-    assert path.read_text() == "before"
+# Faults
 
 
-def test_a_record_is_entered_once_and_changed_where_it_changes(tmp_path):
+@pytest.mark.parametrize("file", ["settings.json", "records.json"])
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")], ids=["lost", "empty"]
+)
+def test_lost_or_damaged_files_are_made_again_from_the_stages(learn_all, finished, copied, no_training, file, damage):
+    wanted = (copied / "01-age" / file).read_bytes()
+    damage(copied / "01-age" / file)
+    (copied / "stages.csv").write_text("Task\nnothing\n")
+    again = learn_all(copied)
+    assert [outcome.records for outcome in again.outcomes] == [outcome.records for outcome in finished[1].outcomes]
+    assert (copied / "01-age" / file).read_bytes() == wanted
+    assert (copied / "stages.csv").read_text() == (finished[0] / "stages.csv").read_text()
+
+
+def test_a_folder_that_lost_its_settings_is_never_taken_for_that_of_other_data(learn_all, copied, no_training):
+    for settings in copied.glob("*/settings.json"):
+        settings.unlink()
+    other = dataclasses.replace(TASKS[0], test=FLIPPED)
+    with pytest.raises(pae.CheckpointError, match=r"-age was begun with other settings: 'data\.test\.0'"):
+        learn_all(copied, [other, TASKS[1]])
+
+
+def test_a_stage_of_another_task_is_not_taken(learn_all, copied, no_training):
+    shutil.rmtree(copied / GENDER / "frozen")
+    shutil.copytree(copied / "01-age" / "frozen", copied / GENDER / "frozen")
+    with pytest.raises(pae.CheckpointError, match=r"frozen is the stage frozen of 01-age\. Remove it"):
+        learn_all(copied)
+
+
+def test_damaged_accuracies_are_named_and_measured_again_once_they_are_removed(learn_all, finished, copied):
+    path = copied / "accuracy.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    for call in (lambda: pae.Run(copied).matrix, lambda: learn_all(copied)):
+        with pytest.raises(pae.CheckpointError, match=r"accuracy.json is damaged.*Remove .*; what it held is measured"):
+            call()
+    path.unlink()
+    np.testing.assert_array_equal(learn_all(copied).matrix.values, finished[1].matrix.values)
+
+
+def test_lost_events_are_logged_again_and_only_they(learn_all, copied):
+    path = copied / "events.jsonl"
+    written = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in written if '"goal' not in line) + written[0][:20])
+    learn_all(copied)
+    events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    ended = [(event["folder"], event["event"]) for event in events if event["event"].startswith("goal")]
+    assert len(ended) == len(set(ended)) == sum('"goal' in line for line in written)
+    assert len(events) == len(written)
+
+
+def test_settings_of_jax_that_change_numbers_belong_to_the_run(learn_all, copied, no_training):
+    refused = pytest.raises(pae.CheckpointError, match=r"'environment\.jax_default_matmul_precision' was 'None'")
+    with jax.default_matmul_precision("highest"), refused:
+        learn_all(copied)
+
+
+class Sharper(pae.models.MLP):
+    """The same variables, another program."""
+
+    def __call__(self, x, train=False):
+        return super().__call__(2 * x, train)
+
+
+def scaled(scale):
+    return lambda logits, y: scale * (logits.sum(axis=1) - y) ** 2
+
+
+def test_another_model_or_loss_of_the_same_name_is_refused(net, empty, tmp_path):
+    def learn(net, scale):
+        task = make_task("age", loss=scaled(scale), val=None, test=None)
+        return pae.learn(net, empty, task, Recipe("plain", QUICK, 8), key=KEY, run=pae.Run(tmp_path))
+
+    learn(net, 1.0)
+    learn(net, 1.0)
+    with pytest.raises(pae.CheckpointError, match=r"'loss' was 'scaled\.<locals>\.<lambda> "):
+        learn(net, 2.0)
+    with pytest.raises(pae.CheckpointError, match="'model' was "):
+        learn(pae.linen(lambda width: Sharper(width, (16,)), jnp.zeros((1, 4))), 1.0)
+
+
+NAMES = ["人", "a\0b", "a\ud800", "n" * 300, "a\rb", "../up", ".", "a b", "a_b"]
+
+
+def test_task_names_of_any_characters_and_length_have_folders_of_their_own():
+    folders = {folder_name("01-", name) for name in NAMES}
+    assert len(folders) == len(NAMES)
+    assert all(len(name) < 120 and name.isascii() and name.isprintable() and "/" not in name for name in folders)
+    assert folder_name("01-", "a_b") == "01-a_b"
+
+
+@pytest.mark.parametrize("name", ["a\0\ud800\r", "n" * 300], ids=["odd", "long"])
+def test_a_run_of_a_task_with_any_name_goes_on(net, empty, tmp_path, name):
+    task, plain = make_task(name, val=None, test=None), Recipe("plain", QUICK, 8)
+    for _ in range(2):
+        outcome = pae.learn(net, empty, task, plain, key=KEY, run=pae.Run(tmp_path))
+        assert outcome.task == name
+        assert [row["Task"] for row in pae.Run(tmp_path).rows] == [name, name]
+    assert (tmp_path / "stages.csv").read_bytes().decode()
+
+
+def test_tasks_whose_folders_would_be_one_are_refused_before_anything_is_learned(learn_all, tmp_path, no_training):
+    twin = folder_name("", "a b")
+    with pytest.raises(pae.ArgumentError, match="would share a folder of a run; rename one"):
+        learn_all(tmp_path, [make_task("a b"), make_task(twin)])
+
+
+def test_two_jobs_in_one_run_lose_no_row(net, tmp_path):
+    jobs = [pae.Run(tmp_path), pae.Run(tmp_path)]
+    for run, task in zip(jobs, TASKS, strict=True):
+        pae.baseline(net, task, RECIPE, key=KEY, run=run)
+    assert [row["Task"] for row in table(tmp_path)] == [f"{t.name} (own network)" for t in TASKS for _ in range(2)]
     run = pae.Run(tmp_path)
-    record = StageRecord("a", "0-trained", 1.0, 0.0, 0.5, None, 2, 1, 10, 0, sizes={"Shared part (MB)": 0.5})
-    run.enter(record)
-    run.enter(dataclasses.replace(record, stage="frozen"))
-    run.enter(dataclasses.replace(record, value=0.75))
-    assert [(row["Stage"], row["Acc"]) for row in table(tmp_path)] == [("0-trained", "0.75000"), ("frozen", "0.50000")]
-    assert run.rows == pae.Run(tmp_path).rows == table(tmp_path)
+    for job, name in zip([*jobs, run], "abc", strict=True):
+        job.record_accuracies(name, {name: 0.5})
+        job.log("note", {"folder": name})
+    assert [run.accuracies(name) for name in "abc"] == [{name: 0.5} for name in "abc"]
+
+
+def test_the_same_call_twice_at_once_says_who_is_at_it(tmp_path):
+    one, other = (pae.Run(tmp_path, wait=0.0).task_folder("01-age", {"task": "age"}) for _ in range(2))
+    with one, pytest.raises(pae.CheckpointError, match=r"01-age is in use: process \d+ of"):
+        other.__enter__()
+
+
+def test_a_disk_that_fails_is_a_typed_error(learn_all, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(pae.CheckpointError, match="No space left on device"):
+        learn_all(tmp_path)

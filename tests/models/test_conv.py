@@ -69,6 +69,23 @@ def test_values_and_gradients_are_those_of_nn_conv(size, kernel, stride, padding
     assert ("conv_general_dilated" not in str(_jaxpr(ours, (2, *size, 5)))) == product
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((6, 7), 3, 1, "SAME"),
+        ((6, 7), 5, 2, "SAME"),
+        ((7, 6), 3, 2, "VALID"),
+        ((5, 5), 5, 2, 2),
+        ((2, 2), 3, 1, "SAME"),
+    ],
+)
+def test_a_depthwise_convolution_is_a_sum_over_its_taps(size, kernel, stride, padding):
+    options = {"features": 3, "kernel_size": (kernel, kernel), "strides": stride, "padding": padding}
+    ours, flax = _pair(**options, feature_group_count=3)
+    _assert_close((ours, flax), (2, *size, 3))
+    assert "conv_general_dilated" not in str(_jaxpr(ours, (2, *size, 3)))
+
+
 def test_parameters_are_those_of_nn_conv_bit_for_bit(assert_same):
     class Two(nn.Module):
         conv: type
@@ -113,7 +130,12 @@ def test_the_structure_depends_on_the_map_alone():
         jaxpr = _jaxpr(Conv(features, (3, 3)), (1, 2, 2, channels))
         return [str(equation.primitive) for equation in jaxpr.eqns]
 
+    def depthwise(channels):
+        jaxpr = _jaxpr(Conv(channels, (3, 3), feature_group_count=channels), (1, 4, 4, channels))
+        return [str(equation.primitive) for equation in jaxpr.eqns]
+
     assert primitives(1, 1) == primitives(512, 700)
+    assert depthwise(2) == depthwise(40)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -203,6 +203,13 @@ def test_any_model_packs_trains_prunes_freezes_and_forgets_nothing(name, quick_f
     state = pae.freeze(pae.prune(trained, "a", 0.5), "a")
     before = pae.predict(net, state, "a", x)
     assert before.shape == (12, 3)
+    start = pae.pack(net, state, "b", head=3, key=jax.random.key(2), local_init="a")
+    for found, wanted in zip(
+        *(jax.tree.leaves(pae.features(net, s, t, x)) for s, t in ((start, "b"), (state, "a"))), strict=True
+    ):
+        scale = np.abs(np.asarray(wanted, np.float32)).max()
+        eps = float(jnp.finfo(wanted.dtype).eps)
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=8 * eps * scale)
     later = pae.pack(net, state, "b", head=3, key=jax.random.key(2))
     ts = pae.TrainState.create(net, later, "b", tx=tx).replace(opt_state=history.opt_state)  # momentum of the old task
     carried = dataclasses.replace(history, end=ts)
@@ -270,7 +277,7 @@ def test_packable_names_other_leaves(quick_fit, net, vector_module, data, assert
     assert "params/Dense_1/kernel" in flatten(state.tasks["a"].local)
     state = pae.freeze(pae.prune(quick_fit(state, "a", net=own)[0], "a", 0.5), "a")
     before = pae.predict(own, state, "a", data[0])
-    state, _ = quick_fit(pae.pack(own, state, "b", head=2, key=jax.random.key(2), reclaim_init="fresh"), "b", net=own)
+    state, _ = quick_fit(pae.pack(own, state, "b", head=2, key=jax.random.key(2), weight_init="fresh"), "b", net=own)
     assert_same(pae.predict(own, state, "a", data[0]), before)
 
 
@@ -878,36 +885,6 @@ def test_stacked_nnx_layers_draw_dropout_each_from_a_key_of_its_own(quick_fit, a
     losses = [quick_fit(state, "a", [(x, y)], net=net, epochs=1, key=key)[1].rows[0]["loss"] for key in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
     assert_same(pae.predict(net, state, "a", x), pae.predict(net, state, "a", x))
-
-
-# Pretrained variables as models give them
-
-
-def test_boxed_variables_are_taken_out_of_their_boxes(assert_same):
-    class Boxed(nn.Module):
-        width: float = 1.0
-
-        @nn.compact
-        def __call__(self, x, train):
-            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
-            return nn.Dense(8, kernel_init=init)(x)
-
-    net, variables = pae.linen(Boxed, VECTOR), Boxed().init(jax.random.key(3), jnp.asarray(VECTOR), False)
-    state = pae.from_variables(net, variables)
-    assert_same(state.shared["Dense_0"]["kernel"], nn.meta.unbox(variables)["params"]["Dense_0"]["kernel"])
-
-
-def test_nnx_variables_are_taken_from_the_module_its_state_or_pure_dicts(assert_same):
-    net, model = net_of("NnxEmbedListTied"), NnxEmbedListTied(1.0, nnx.Rngs(3))
-    wanted = {
-        "embed": {"embedding": model.embed.embedding[...]},
-        "layers": {"0": {"kernel": model.layers[0].kernel[...]}},
-    }
-    state = nnx.state(model, nnx.Param)
-    for variables in (model, nnx.state(model), {"params": state}, {"params": nnx.to_pure_dict(state)}):
-        found = pae.from_variables(net, variables)
-        assert_same(found.shared, wanted)
-        assert_same(found.local["params"]["layers"]["1"]["scale"], model.layers[1].scale[...])
 
 
 def test_what_build_returns_must_be_a_module_of_the_adapters_kind():

@@ -10,8 +10,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "three_tasks.py"
 
 
-@pytest.mark.parametrize("chain", ["adamw", "momentum", "MultiSteps"])
-@pytest.mark.parametrize("sharing", ["all", "picked"])
+@pytest.mark.parametrize(
+    ("sharing", "chain"), [("all", "adamw"), ("all", "momentum"), ("picked", "momentum"), ("picked", "MultiSteps")]
+)
 def test_old_tasks_keep_every_bit_through_train_prune_grow_save_and_load(sharing, chain, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     words = [sys.executable, "-W", "error", str(SCRIPT), sharing, chain, str(tmp_path)]

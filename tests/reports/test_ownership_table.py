@@ -27,6 +27,14 @@ def test_sees_counts_the_visible_weights_under_either_sharing(net, third):
             assert row["sharing"] == state.tasks[row["task"]].sharing
 
 
+def test_zero_counts_the_weights_of_a_task_that_are_exactly_0(net, frozen):
+    zeros, fresh = (
+        pae.pack(net, frozen, "b", head=2, key=jax.random.key(3), weight_init=init) for init in ("zeros", "fresh")
+    )
+    assert [row["zero"] for row in pae.report(zeros).rows] == [0, 40, None]
+    assert [row["zero"] for row in pae.report(fresh).rows] == [0, 0, None]
+
+
 def test_leaves_count_the_owners_of_each_array(third):
     report = pae.report(third)
     assert {path: count.tolist() for path, count in report.leaves.items()} == {

@@ -259,6 +259,34 @@ def test_the_task_whose_classes_an_input_shows_is_found(by, resident):
     assert server.infer_task(np.zeros((0, 4), np.float32), by=by).tasks == []
 
 
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_supsup_wortsman_et_al_2020_one_gradient_of_the_entropy_finds_the_task(resident):
+    """-dH/da at equal shares, against differences; one example at a time and all together."""
+    net, state = known([FIRST_TWO, LAST_TWO])
+    server, x = Server(net, state, resident=resident), np.eye(4, dtype=np.float32)[[0, 2, 3, 1]]
+    found = server.infer_task(x, by="gradient")
+    assert (found.tasks, found.logits) == (["t0", "t1", "t1", "t0"], {})
+
+    def entropy(shares):
+        heads = [np.asarray(state.tasks[name].head["params"]["kernel"], np.float64) for name in ("t0", "t1")]
+        logits = (sum(shares) * x) @ sum(a * head for a, head in zip(shares, heads, strict=True))
+        p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        return -(p * np.log(p)).sum(axis=1)
+
+    steps = 1e-4 * np.eye(2)
+    slopes = [(entropy(0.5 + step) - entropy(0.5 - step)) / 2e-4 for step in steps]
+    np.testing.assert_allclose(found.scores, -np.stack(slopes, axis=1), rtol=1e-2, atol=1e-3)
+    together = server.infer_task(x[:1], by="gradient", per="batch")
+    np.testing.assert_allclose(together.scores, found.scores[:1], rtol=1e-4)
+    assert server.task_inference_accuracy({"t0": x[[0, 3]], "t1": x[1:3]}, by="gradient")["accuracy"] == 1.0
+
+
+def test_a_gradient_needs_tasks_of_one_kind_of_head():
+    net, state = known([FIRST_TWO, [[0, 0, 1]] * 4])
+    with pytest.raises(pae.ArgumentError, match="one width and one kind of head; found 2 kinds"):
+        Server(net, state).infer_task(np.eye(4, dtype=np.float32), by="gradient")
+
+
 def test_entropy_is_divided_by_the_log_of_the_number_of_classes_and_confidence_is_not():
     never = -np.inf
     net, state = known([np.zeros((4, 2)), np.zeros((4, 4))], [[0, 0], [0, 0, never, never]])

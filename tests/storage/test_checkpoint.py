@@ -6,9 +6,12 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -327,7 +330,6 @@ CHANGED_BITS = {
 def test_picks_of_a_wrong_length_are_refused_and_the_task_named(net, make_picking, tmp_path, monkeypatch, name):
     """They are written wrongly, so that every checksum fits."""
     from pae_jax.core import picking
-    from pae_jax.storage import checkpoint
 
     original, change = picking.to_bits, CHANGED_BITS[name]
 
@@ -335,7 +337,7 @@ def test_picks_of_a_wrong_length_are_refused_and_the_task_named(net, make_pickin
         bits = original(signs, owner, task_id)
         return change(bits) if task_id == 3 else bits
 
-    monkeypatch.setattr(checkpoint.picking, "to_bits", changed)
+    monkeypatch.setattr(picking, "to_bits", changed)
     pae.save(tmp_path / "stage", make_picking(PICKING["ternary"]))
     with pytest.raises(pae.CheckpointError, match="the picks of task 3 are"):
         pae.load(net, tmp_path / "stage")
@@ -357,11 +359,15 @@ def test_a_flipped_bit_of_a_stored_pick_is_found_and_the_task_named(net, make_pi
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ocp, "save", save_flipped)
+        with pytest.raises(pae.CheckpointError, match=r"read back otherwise.*'tasks/2/pick' is not what was saved"):
+            pae.save(tmp_path / "flipped", state)
+        assert list(tmp_path.iterdir()) == []
+        patch.setattr(checkpoint, "_require_whole", lambda *arguments: None)
         pae.save(tmp_path / "flipped", state)
     with pytest.raises(pae.CheckpointError, match=r"flipped is damaged: 'tasks/2/pick' is not what was saved"):
         pae.load(net, tmp_path / "flipped")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.picking, "to_bits", lambda *operands: flip(to_bits(*operands)))
+        patch.setattr(picking, "to_bits", lambda *operands: flip(to_bits(*operands)))
         pae.save(tmp_path / "wrong", state)
     with pytest.raises(pae.ForgettingError, match="task 'b' is frozen, but 'pick/"):
         pae.verify(pae.load(net, tmp_path / "wrong"))
@@ -394,7 +400,7 @@ def test_changed_json_about_picks_is_noticed_with_a_typed_error(net, make_pickin
 
 def save_as(path, state, schema):
     """Write a stage in the layout of an older schema."""
-    from pae_jax.storage import checkpoint
+    from pae_jax.storage import files
 
     def older(info):
         info["schema_version"] = schema
@@ -403,7 +409,7 @@ def save_as(path, state, schema):
             for entry in info["tasks"]:
                 del entry["picking"]
         del info["sha256"]
-        info.update(checkpoint._sealed(dict(info)))
+        info.update(files.sealed(info))
 
     # The backbone's local variables were kept only until the first task.
     pae.save(path, state.replace(local=None) if state.tasks else state)
@@ -702,9 +708,13 @@ def test_a_flipped_bit_in_a_stored_array_is_found_even_if_the_file_format_does_n
         return original(path, arrays, **options)
 
     monkeypatch.setattr(checkpoint.ocp, "save", save)
+    with pytest.raises(pae.CheckpointError, match=r"read back otherwise.*shared/Dense_0/kernel"):
+        pae.save(tmp_path / "stage", second)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(checkpoint, "_require_whole", lambda *arguments: None)
     pae.save(tmp_path / "stage", second)
-    with pytest.raises(pae.PaeError, match="shared/Dense_0/kernel"):
-        pae.verify(pae.load(net, tmp_path / "stage"))
+    with pytest.raises(pae.CheckpointError, match="shared/Dense_0/kernel"):
+        pae.load(net, tmp_path / "stage")
 
 
 # Wrong places
@@ -890,3 +900,107 @@ def test_after_a_kill_or_a_full_disk_the_earlier_stage_loads_and_the_half_one_ne
     state = pae.pack(net, pae.load(net, folder / "0"), "a", head=2, key=jax.random.key(1))
     pae.save(folder / "1", state)  # what is left over is in nobody's way
     assert list(pae.load(net, folder / "1").tasks) == ["a"]
+
+
+# Faults
+
+
+def press_ctrl_c(patch, target, name):
+    """Press Ctrl-C, from another thread as the system does, when a function is called; it then takes its time."""
+    original = getattr(target, name)
+
+    def call(*arguments, **options):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+        return original(*arguments, **options)
+
+    patch.setattr(target, name, call)
+
+
+@pytest.mark.parametrize("moment", ["save", "sync_tree"])
+def test_an_interrupted_save_leaves_nothing_and_the_same_call_works(net, second, tmp_path, state_facts, moment):
+    from pae_jax.storage import checkpoint, files
+
+    path = tmp_path / "stage"
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c(patch, checkpoint.ocp if moment == "save" else files, moment)
+        with pytest.raises(KeyboardInterrupt):
+            pae.save(path, second)
+    assert list(tmp_path.iterdir()) == []
+    pae.save(path, second)
+    assert state_facts(pae.load(net, path)) == state_facts(second)
+
+
+def test_an_interrupted_load_is_an_interrupt_and_the_same_call_works(net, stage, second, state_facts):
+    from pae_jax.storage import checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c(patch, checkpoint.ocp, "load")
+        with pytest.raises(KeyboardInterrupt):
+            pae.load(net, stage)
+    assert state_facts(pae.load(net, stage)) == state_facts(second)
+
+
+def test_of_two_that_write_one_path_one_wins_and_the_other_says_so(net, empty, second, tmp_path, state_facts):
+    from pae_jax.storage import files
+
+    path, sync_tree = tmp_path / "stage", files.sync_tree
+
+    def late(folder):
+        sync_tree(folder)
+        patch.undo()
+        pae.save(path, empty)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "sync_tree", late)
+        with pytest.raises(pae.CheckpointError, match="stage exists; a stage is written once"):
+            pae.save(path, second)
+    assert state_facts(pae.load(net, path)) == state_facts(empty)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stage"]
+
+
+@pytest.mark.parametrize("name", ["x.orbax-checkpoint-tmp", ".saving-x"])
+def test_a_name_that_load_would_refuse_is_refused_by_save(empty, tmp_path, name):
+    with pytest.raises(pae.CheckpointError, match="the name of a half-written stage, which does not load"):
+        pae.save(tmp_path / name, empty)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_does_not_write_waits_in_bounds_for_the_one_that_does(empty, second, tmp_path, monkeypatch):
+    pae.save(tmp_path / "stage", empty)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    pae.save(tmp_path / "stage", empty)
+    with pytest.raises(pae.CheckpointError, match="holds another state, or other metadata, than process 1 has"):
+        pae.save(tmp_path / "stage", second)
+    with pytest.raises(pae.CheckpointError, match=r"waited 0.1 s for process 0 to write .*none"):
+        pae.save(tmp_path / "none", empty, timeout=0.1)
+
+
+def test_a_pipe_in_a_stage_is_refused_and_not_waited_for(net, copy):
+    for name in ("_METADATA", JSON):
+        file = next(copy.rglob(name))
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(pae.CheckpointError, match="no regular file"):
+            pae.load(net, copy)
+
+
+def test_metadata_nested_too_deep_is_refused(empty, tmp_path):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(pae.ArgumentError, match="metadata must be what JSON can say"):
+        pae.save(tmp_path / "stage", empty, {"a": deep})
+
+
+def test_sealed_metadata_of_another_meaning_is_a_typed_error(net, copy):
+    from pae_jax.storage import files
+
+    def hostile(info):
+        info["growth"] = [{"narrow": None}]
+        del info["sha256"]
+        info.update(files.sealed(info))
+
+    edit_json(copy, hostile)
+    with pytest.raises(pae.CheckpointError, match="is not what this pae_jax writes: KeyError"):
+        pae.load(net, copy)

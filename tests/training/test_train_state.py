@@ -62,7 +62,7 @@ def two_tasks(net, head=2, name="new", **options):
         return jnp.asarray(w)
 
     state = state.replace(shared=jax.tree.map(plant, state.shared, state.owner))
-    return pae.pack(net, pae.freeze(state, "old"), name, head=head, key=KEY(2), reclaim_init="fresh", **options)
+    return pae.pack(net, pae.freeze(state, "old"), name, head=head, key=KEY(2), weight_init="fresh", **options)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def some_leaves(net):
     owner = jnp.where(half, state.owner["Dense_1"]["kernel"], jnp.int8(0))
     shared = {**state.shared, "Dense_1": {"kernel": kernel}}
     state = state.replace(shared=shared, owner={**state.owner, "Dense_1": {"kernel": owner}})
-    return pae.pack(net, pae.freeze(state, "old"), "new", head=2, key=KEY(2), reclaim_init="fresh")
+    return pae.pack(net, pae.freeze(state, "old"), "new", head=2, key=KEY(2), weight_init="fresh")
 
 
 def loss_of(ts, params, x, y):
@@ -301,7 +301,7 @@ Y = np.eye(3, dtype=np.float32)[X[:, :3].argmax(1)]
 net = pae.linen(Backbone, X[:1])
 state = pae.pack(net, pae.init(net, jax.random.key(0)), "old", head=3, key=jax.random.key(1))
 state = pae.freeze(pae.prune(state, "old", 0.5), "old")
-state = pae.pack(net, state, "new", head=3, key=jax.random.key(2), reclaim_init="fresh")
+state = pae.pack(net, state, "new", head=3, key=jax.random.key(2), weight_init="fresh")
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
 
 @jax.jit

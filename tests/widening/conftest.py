@@ -38,7 +38,7 @@ def _random(shapes, seed=0):
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.split(jax.random.key(seed), leaf.shape) if leaf.shape else jax.random.key(seed)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.asarray(rng.integers(0, 3, leaf.shape), leaf.dtype)
@@ -56,7 +56,7 @@ def _fresh(maps: WidenMaps, shapes, seed=1):
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(seed)
         local = (len(leaf.shape) < 2 or name.startswith("batch_stats")) and name not in maps.zero_leaves
         if not local or not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -82,7 +82,7 @@ def _same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 

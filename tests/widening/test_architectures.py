@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pae_jax.trees import flatten
+from pae_jax.widening import find_influence, trace
+
 ARCHITECTURES = {}
 
 
@@ -25,6 +28,24 @@ def test_widening_preserves_the_function(name, linen, check_preserved):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, 7, shape) if dtype is int else rng.normal(size=shape), dtype)
     check_preserved([linen(model(width), x) for width in widths], x, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_entries_without_influence_may_have_any_values_all_at_once(name, linen):
+    """Nine weights of ten are 0, as after pruning; the others that cannot reach the output are then drawn."""
+    model, shape, widths, dtype, _ = ARCHITECTURES[name]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 7, shape) if dtype is int else rng.normal(size=shape), dtype)
+    network = linen(model(widths[0]), x)
+    program, paths = trace(network.apply, network.shapes, x), flatten(network.shapes)
+    weights = [path for path, leaf in paths.items() if leaf.ndim >= 2 and path.startswith("params")]
+    values = {path: rng.uniform(0.5, 1, leaf.shape).astype(leaf.dtype) for path, leaf in paths.items()}
+    nonzero = {path: rng.random(paths[path].shape) < 0.1 for path in weights}
+    marks, _ = find_influence(program, network.shapes, nonzero)
+    pruned = values | {path: values[path] * mark for path, mark in nonzero.items()}
+    drawn = pruned | {path: np.where(marks[path], pruned[path], values[path]) for path in weights}
+    drawn, pruned = (jax.tree.unflatten(jax.tree.structure(network.shapes), list(v.values())) for v in (drawn, pruned))
+    jax.tree.map(np.testing.assert_array_equal, network(drawn, x), network(pruned, x))
 
 
 def norm(x):

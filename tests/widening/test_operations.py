@@ -88,6 +88,12 @@ preserved("kernel made by the network", lambda w: {"a": (6, w), "g": (6, w * w),
 preserved("weight norm with epsilon", up_down, lambda w, v, x: (
     nn.relu(x @ (v["a"] * lax.rsqrt((v["a"] ** 2).sum(0, keepdims=True) + 1e-6))) @ v["c"]
 ))  # fmt: skip
+preserved("kernel divided by its largest entry", lambda w: {"a": (6, w), "c": (w, 2)}, lambda w, v, x: (
+    nn.relu(x @ v["a"]) @ (v["c"] / jnp.abs(v["c"]).max())
+))  # fmt: skip
+refused("kernel divided by a growing scale", lambda w: {"a": (6, w), "c": (w, 2)}, lambda w, v, x: (
+    nn.relu(x @ v["a"]) @ (v["c"] / jnp.abs(v["c"]).max(1, keepdims=True))
+))  # fmt: skip
 refused("weight norm without epsilon", up_down, lambda w, v, x: (
     nn.relu(x @ (v["a"] / jnp.linalg.norm(v["a"], axis=0, keepdims=True))) @ v["c"]
 ))  # fmt: skip
@@ -148,6 +154,12 @@ preserved("scatter over time", up_down, hidden(lambda h: jnp.zeros_like(h).at[:,
 preserved("segments", up_down, hidden(
     lambda h: jax.ops.segment_sum(h.reshape(10, -1), jnp.array([0, 1, 0, 1, 2] * 2), 3)
 ), SEQUENCE)  # fmt: skip
+preserved("segments of a batch of graphs", up_down, hidden(lambda h: jax.vmap(
+    lambda h, r: jax.ops.segment_sum(h, r, 3)
+)(h, jnp.array([[0, 1, 0, 1, 2], [2, 2, 1, 0, 0]]))), SEQUENCE)  # fmt: skip
+preserved("largest of segments of a batch", up_down, hidden(lambda h: jax.vmap(
+    lambda h, r: jnp.full((3, h.shape[-1]), -9.0).at[r].max(h)
+)(h, jnp.array([[0, 1, 0, 1, 2], [2, 2, 1, 0, 0]]))), SEQUENCE)  # fmt: skip
 refused("scatter into channels", up, lambda w, v, x: jnp.zeros((2, w + 1)).at[:, 1:].set(x @ v["a"]))
 preserved("cache", up_down, hidden(lambda h: lax.dynamic_update_slice(jnp.zeros((2, 9, h.shape[-1])), h, (0, 2, 0))),
           SEQUENCE)  # fmt: skip
@@ -195,6 +207,38 @@ preserved("one group becomes several", lambda w: {"a": (3, 2 * w), "k": (3, 3, 2
 preserved("depthwise multiplier grows", lambda w: {"k": (3, 3, 1, 3 * w), "c": (3 * w, 2)}, lambda w, v, x: (
     grouped(x, v["k"], 3) @ v["c"]
 ), IMAGE)  # fmt: skip
+
+# Masks of -inf in front of a softmax.
+HEADS = lambda w: {"q": (6, 4 * w), "k": (6, 4 * w), "v": (6, 4 * w), "c": (4 * w, 2)}  # noqa: E731
+
+
+def heads(masked):
+    """Attention of w heads whose logits (batch, heads, time, time) go through `masked`."""
+
+    def fn(w, v, x):
+        q, k, u = ((x @ v[name]).reshape(2, 5, w, 4) for name in "qkv")
+        weights = nn.softmax(masked(jnp.einsum("bqhd,bkhd->bhqk", q, k)))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, u).reshape(2, 5, -1) @ v["c"]
+
+    return fn
+
+
+CAUSAL = jnp.tril(jnp.ones((1, 1, 5, 5), bool))
+preserved("causal mask of -inf", HEADS, heads(lambda h: jnp.where(CAUSAL, h, -jnp.inf)), SEQUENCE)
+preserved("causal bias of -inf", HEADS, heads(lambda h: h + jnp.where(CAUSAL, 0.0, -jnp.inf)), SEQUENCE)
+preserved("scaled after the mask", HEADS, heads(lambda h: jnp.where(CAUSAL, h, -jnp.inf) * 0.5), SEQUENCE)
+preserved("two masks of -inf", HEADS, heads(
+    lambda h: jnp.where(CAUSAL, jnp.where(jnp.arange(5)[None, None, None] < 4, h, -jnp.inf), -jnp.inf)
+), SEQUENCE)  # fmt: skip
+preserved("logsumexp normalisation by hand", HEADS, heads(
+    lambda h: jnp.where(CAUSAL, h, -jnp.inf) - jax.lax.stop_gradient(h.max(-1, keepdims=True))
+), SEQUENCE)  # fmt: skip
+refused("mask of -inf by the head's own logits", HEADS, heads(lambda h: jnp.where(h >= h.max(), h, -jnp.inf)), SEQUENCE)
+preserved("words masked by the length", lambda w: {"a": (6, w), "e": (w, 1), "c": (w, 2)}, lambda w, v, x: (
+    jnp.einsum("bt,btd->bd", nn.softmax(jnp.where(
+        jnp.arange(5)[None] < jnp.array([[2], [5]]), (jnp.tanh(x @ v["a"]) @ v["e"])[..., 0], -jnp.inf
+    )), x @ v["a"]) @ v["c"]
+), SEQUENCE)  # fmt: skip
 
 # Loops and branches.
 RECURRENT = lambda w: {"a": (6, w), "k": (w, w)}  # noqa: E731

@@ -208,7 +208,9 @@ class MixedReshape(nn.Module):
         return nn.Dense(2)(jnp.tanh(x.reshape(x.shape[0], 2, -1)).max(1))
 
 
-def test_infinite_mask_is_refused_with_a_remedy(linen):
+def test_an_infinite_mask_of_what_grows_is_refused_with_a_remedy(linen):
+    """The mask of a new head is not that of an old one, and may hide all that the head could see."""
+
     class InfiniteMask(nn.Module):
         width: int
 
@@ -216,13 +218,33 @@ def test_infinite_mask_is_refused_with_a_remedy(linen):
         def __call__(self, x):
             q, k, v = (nn.DenseGeneral((self.width, 4))(x) for _ in range(3))
             logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-            logits = jnp.where(jnp.tril(jnp.ones((1, 1, 5, 5), bool)), logits, -jnp.inf)
+            logits = jnp.where(logits > 0, logits, -jnp.inf)
             return nn.DenseGeneral(3, axis=(-2, -1))(jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(logits), v))
 
     x = jnp.ones((2, 5, 6))
     narrow, wide = (linen(InfiniteMask(width), x) for width in (2, 3))
     maps = widen_maps(narrow.apply, narrow.shapes, wide.apply, wide.shapes, x)
     assert "instead of -inf" in str(maps.reasons[0])
+
+
+def test_the_first_reason_is_the_cause_of_those_that_follow_from_it(linen):
+    class Deep(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(self.width, name="z_first")(x)
+            x = nn.LayerNorm(name="m_cause")(x)
+            for name in "cba":
+                x = nn.sigmoid(nn.Dense(self.width, name=f"{name}_later")(x) + x)
+            return nn.LayerNorm(name="a_last")(x)
+
+    x = jnp.ones((2, 3))
+    narrow, wide = (linen(Deep(width), x) for width in (4, 6))
+    maps = widen_maps(narrow.apply, narrow.shapes, wide.apply, wide.shapes, x)
+    places = [reason.where for reason in maps.reasons]
+    assert places[0].endswith("m_cause") and places[-1].endswith("a_last")
+    assert str(maps.report).splitlines()[-len(places)].strip().startswith("not preserved: ")
 
 
 def test_division_by_a_variance_without_epsilon_is_refused(linen, network):

@@ -64,7 +64,7 @@ def conv_general_dilated(step: Step, operands: Sequence[Value]) -> list[Value]:
             sizes = [tuple(shape[i] for i in window) for shape in (kernel.wide, kernel.narrow)]
             hint = "Kernel sizes may not change with the width."
             raise step.mismatch(f"a kernel window of {sizes[0]}", sizes[1], hint)
-    if step.narrow.params["padding"] != step.wide.params["padding"]:  # after the window, of which it often follows
+    if step.narrow.params["padding"] != step.wide.params["padding"]:  # after the window, which often determines it
         raise step.mismatch(f"padding={step.wide.params['padding']}", f"padding={step.narrow.params['padding']}")
     if any(left.axes[i].n != left.axes[i].w for i in space):
         step.refuse("the convolution runs over a growing axis", "convolve over axes of fixed size (space, time) only")
@@ -115,7 +115,7 @@ def contract(
       sides: the two factors; a label that both have is one axis.
       summed: labels that are summed over.
       results: labels of the result, in its order.
-      taps: cells of fixed size summed over besides (a convolution's window).
+      taps: further summed cells of fixed size (a convolution's window).
       padded: whether some of them may be padding zeros instead.
     """
     left, right = sides

@@ -1,4 +1,4 @@
-"""Calls, branches and loops: the walk goes into the programs they hold."""
+"""Calls, branches and loops: the walk enters the programs they contain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pae_jax.widening.steps import Step
 from pae_jax.widening.terms import Copies, Same, Term, copies, resolve
 from pae_jax.widening.values import NO_REASONS, Value
 
-_ROUNDS = 4  # rounds before the ranges of a loop's carry are given up as unknown
+_ROUNDS = 4  # rounds before the ranges of a loop's carry are set to unknown
 
 
 def _bodies(step: Step) -> list[tuple[programs.Body, programs.Body]]:
@@ -24,7 +24,7 @@ def _bodies(step: Step) -> list[tuple[programs.Body, programs.Body]]:
 
 
 def _mark(step: Step, values: Sequence[Value]) -> list[Value]:
-    """What is refused inside stays marked; what is refused here marks every result."""
+    """Refusals inside keep their marks; a refusal here marks every result."""
     return [dataclasses.replace(v, reasons=v.reasons | step.reasons) for v in values]
 
 
@@ -34,7 +34,7 @@ _CALLS = (
 )  # fmt: skip
 
 
-# What else a call says about itself (names, shardings, policies, derivative rules) does not change its numbers.
+# Other parameters of a call (names, shardings, policies, derivative rules) do not change its values.
 @rule(*_CALLS, may_differ=("*",))
 def call(step: Step, operands: Sequence[Value]) -> list[Value]:
     """A function called once: read its body."""
@@ -74,7 +74,7 @@ def _joint(step: Step, terms: Sequence[Term]) -> Term:
 
 @rule("scan", may_differ=("jaxpr", "_split_transpose"))
 def scan(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Carry axes start undecided and are unified with what one round makes of them."""
+    """Carry axes start undecided and are unified with the carry after one round."""
     ((narrow, wide),) = _bodies(step)
     consts_count, carry_count = programs.scan_counts(step.narrow, narrow)
     if programs.scan_counts(step.wide, wide) != (consts_count, carry_count):
@@ -102,7 +102,7 @@ def _first(step: Step, value: Value) -> Value:
 
 @rule("while", may_differ=("cond_jaxpr", "body_jaxpr"))
 def while_(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """As `scan`; the number of rounds must not depend on anything that changes."""
+    """As `scan`; the test that ends the loop must be preserved."""
     test_count, body_count = step.params["cond_nconsts"], step.params["body_nconsts"]
     test_consts, body_consts = operands[:test_count], operands[test_count : test_count + body_count]
     bodies = dict(zip([name for name, _ in programs.bodies(step.narrow.params)], _bodies(step), strict=True))
@@ -116,10 +116,10 @@ def while_(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 
 def fixpoint(step: Step, start: Sequence[Value], once: object) -> tuple[list[Value], list[Value]]:
-    """A carry that one more round leaves as it is, and what that round puts out besides.
+    """A carry that another round does not change, and the other outputs of that round.
 
-    Unification only ever adds equalities, so rounds may be repeated; ranges and reasons only grow, and ranges that do
-    not settle are given up.
+    Unification only adds equalities, so rounds may be repeated. Ranges and reasons only grow, and ranges that do not
+    converge are set to unknown.
     """
     carry = [
         Value(

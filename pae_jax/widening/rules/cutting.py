@@ -24,7 +24,7 @@ def concatenate(step: Step, operands: Sequence[Value]) -> list[Value]:
     for i in range(len(narrow)):
         terms = [value.axes[i] for value in operands]
         if i == along:
-            # Copies along the joined axis take an order like any other part; their new entries equal old ones.
+            # Copies along the joined axis are ordered like any other part; their new entries equal old ones.
             axes.append(joined(step.open_axis(t.n, t.w) if isinstance(resolve(t), Copies) else t for t in terms))
             continue
         solid = [t for t in terms if not isinstance(resolve(t), Copies)]
@@ -39,7 +39,7 @@ def concatenate(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 
 def _new_cells(operands: Sequence[Value]) -> Range | None:
-    """Range of what new cells hold when operands are laid side by side; None if there are no new cells.
+    """Range of the new cells when operands are concatenated; None if there are no new cells.
 
     They are new cells of an operand, or, where it is broadcast along a growing axis, old ones.
     """
@@ -76,7 +76,7 @@ def unstack(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 @rule("tile", may_differ=("reps",))
 def tile(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Repeats of a whole axis are its product with the repeats."""
+    """Repeats of a whole axis: the product of the axis with the repeats."""
     (value,) = operands
     axes: list[Term] = []
     old = value.old

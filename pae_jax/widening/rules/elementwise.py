@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from pae_jax.widening import pointwise
-from pae_jax.widening.ranges import Range, hull
+from pae_jax.widening.ranges import Range, hull, unknown
 from pae_jax.widening.registry import rule
 from pae_jax.widening.rules import softmax
 from pae_jax.widening.steps import Step
 from pae_jax.widening.terms import Copies, Term, copies, resolve
 from pae_jax.widening.values import Value, subsets
 
-# Index arithmetic that is followed by value (negative indices, offsets).
+# Index arithmetic that is tracked by value (negative indices, offsets).
 _FOLDED = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "max": np.maximum, "min": np.minimum,
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
@@ -32,7 +32,7 @@ def elementwise(step: Step, operands: Sequence[Value]) -> list[Value]:
     axes = [_axis(step, operands, i, n, w) for i, (n, w) in enumerate(zip(narrow, wide, strict=True))]
     old = assumed_finite(_range(step, [value.old for value in operands]), [value.old for value in operands])
     growing = frozenset().union(*(value.growing for value in operands))
-    new = hull(_range(step, [value.at(fresh) for value in operands]) for fresh in subsets(growing)) if growing else old
+    new = hull(_new_range(step, operands, fresh) for fresh in subsets(growing)) if growing else old
     result = step.value(0, axes, old, new, content=_fold(step, operands, (narrow, wide)))
     return [softmax.after_elementwise(step, operands, result)]
 
@@ -44,7 +44,7 @@ def unchanged_operands(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 
 def assumed_finite(result: Range, operands: Sequence[Range]) -> Range:
-    """Old entries are those of the narrow network, whose arithmetic is taken to stay finite."""
+    """Old entries are those of the narrow network, whose values are assumed to be finite."""
     if result.finite or not all(operand.finite for operand in operands):
         return result
     return dataclasses.replace(result, finite=True)
@@ -56,6 +56,19 @@ def _range(step: Step, operands: Sequence[Range]) -> Range:
     if same:
         return pointwise.apply("square", step.params, dtype, (operands[0],))
     return pointwise.apply(step.primitive, step.params, dtype, tuple(operands))
+
+
+def _new_range(step: Step, operands: Sequence[Value], fresh: frozenset[int]) -> Range:
+    """Range of the cells that are new along the axes `fresh`.
+
+    A divisor that does not grow also divides old entries, which stay finite, so none of its entries is 0.
+    """
+    ranges = [value.at(fresh) for value in operands]
+    result = _range(step, ranges)
+    shared = step.primitive == "div" and not operands[1].growing and all(step.shapes(0)[0])
+    if shared and not result.finite and all(known.finite for known in ranges):
+        return ranges[0] if ranges[0].zero else unknown(*ranges)
+    return result
 
 
 def _axis(step: Step, operands: Sequence[Value], i: int, n: int, w: int) -> Term:

@@ -1,4 +1,4 @@
-"""Gather and scatter: indexed axes keep their size, whole axes carry their map along."""
+"""Gather and scatter: indexed axes keep their size, axes read as a whole keep their map."""
 
 from __future__ import annotations
 
@@ -68,13 +68,14 @@ def _one_known_start(step: Step, axis: Term, indices: Value, numbers: object, d:
     "scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter_add", "scatter_mul"
 )
 def scatter(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Updates of whole axes carry their map; indexed axes keep their size."""
+    """Updates of whole axes keep their map; indexed axes, and those of a batch of scatters, keep their size."""
     value, indices, updates = operands
     numbers = step.params["dimension_numbers"]
-    if any(axis.n != axis.w for axis in indices.axes) or numbers.operand_batching_dims:
+    if any(axis.n != axis.w for axis in indices.axes):
         step.refuse("it writes at a growing set of positions", KEEP_SIZE)
         return [step.lost(0)]
-    written = [d for d in range(len(value.axes)) if d not in numbers.inserted_window_dims]
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    written = [d for d in range(len(value.axes)) if d not in gone]
     partner = dict(zip(written, numbers.update_window_dims, strict=True))
     axes: list[Term] = []
     for d, axis in enumerate(value.axes):

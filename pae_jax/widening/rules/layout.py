@@ -73,7 +73,7 @@ def _groups(ins: Sizes, outs: Sizes) -> list[tuple[list[int], list[int]]]:
             else:
                 raise AssertionError(f"reshape of {ins} to {outs}")
         groups.append((sources, targets))
-    for group in groups[-1:]:  # only with an axis of size 0 can anything be left
+    for group in groups[-1:]:  # axes remain here only if one has size 0
         group[0].extend(left)
         group[1].extend(right)
     return groups
@@ -85,7 +85,7 @@ def _product(sizes: Sizes, which: list[int]) -> tuple[int, int]:
 
 @rule("transpose")
 def transpose(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Axes change places."""
+    """Axes are permuted."""
     (value,) = operands
     order = step.params["permutation"]
     content = value.content and tuple(part.transpose(order) for part in value.content)
@@ -94,7 +94,7 @@ def transpose(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 @rule("squeeze")
 def squeeze(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Axes of size 1 go."""
+    """Axes of size 1 are removed."""
     (value,) = operands
     gone = {d % len(value.axes) for d in step.params["dimensions"]}
     axes = [axis for i, axis in enumerate(value.axes) if i not in gone]
@@ -129,7 +129,7 @@ def broadcast_in_dim(step: Step, operands: Sequence[Value]) -> list[Value]:
 
 @rule("rev")
 def rev(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Reversing a growing axis would put new entries first in another way than its map says."""
+    """Reversing a growing axis would put new entries first, which its map does not allow."""
     (value,) = operands
     for i in step.params["dimensions"]:
         if value.axes[i].n != value.axes[i].w:

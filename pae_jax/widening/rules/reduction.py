@@ -14,7 +14,7 @@ from pae_jax.widening.steps import KEEP_SIZE, Step
 from pae_jax.widening.terms import Copies, Term, copies, resolve
 from pae_jax.widening.values import Value
 
-# Whether a reduction over old entries stays the same when entries of the range `new` join.
+# Whether a reduction over old entries does not change when entries of the range `new` are added.
 _NEUTRAL: dict[str, Callable[[Range, Range], bool]] = {
     "reduce_sum": lambda new, old: new.zero,
     "reduce_prod": lambda new, old: new.exact and new.lo == 1,
@@ -100,7 +100,7 @@ def _shared(step: Step, arrays: Sequence[Value], which: Sequence[int]) -> list[T
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def cumulative(step: Step, operands: Sequence[Value]) -> list[Value]:
-    """Running over an axis of fixed size."""
+    """Cumulative operations along an axis of fixed size."""
     (value,) = operands
     axis = value.axes[step.params["axis"]]
     if axis.n != axis.w:
@@ -170,7 +170,7 @@ def windows(step: Step, operands: Sequence[Value]) -> list[Value]:
         if idle and window == wide_params["window_dimensions"][i]:
             axes.append(axis)
             continue
-        empty |= max(lo, hi) >= window or steps[1:] != [1, 1]  # a window may lie wholly in the padding
+        empty |= max(lo, hi) >= window or steps[1:] != [1, 1]  # a window may be entirely in the padding
         if axis.n != axis.w:
             step.refuse(f"its window covers an axis growing {axis.n} -> {axis.w}", "pool over axes of fixed size only")
         axes.append(step.open_axis(narrow[i], wide[i]))

@@ -1,0 +1,3 @@
+"""The command line, `python -m pae_jax`."""
+
+from pae_jax.cli.command_line import main as main

@@ -1,0 +1,188 @@
+"""What decides the stages of a task, as JSON: a run goes on only with the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from pae_jax.caching import program_text
+from pae_jax.core import State, find, integrity, names
+from pae_jax.lifelong.recipes import plain
+from pae_jax.lifelong.session import Session
+from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
+from pae_jax.nets import Net, examples, heads
+from pae_jax.training import form
+from pae_jax.trees import describe, flatten, merge
+
+
+def settings_of(
+    session: Session, checked: CheckedTask, state: State, goal: float | None, upcoming: int | None, title: str
+) -> dict[str, Any]:
+    """Return what decides the stages of a task; a resumed run must have the same.
+
+    What cannot be known: data that only iterating would show, such as a factory of batches; what a measure reads from
+    outside; what a loss reads from outside where the data is such a factory.
+    """
+    net, recipe, key, task = session.net, session.recipe, session.key, checked.task
+    ladder = recipe.ladder
+    counts_upcoming = ladder is not None and (ladder.equal_share or goal is not None or ladder.choose != "last")
+    return {
+        "task": title,
+        "environment": environment(key),
+        "head": heads.describe(task.head),
+        "model": _model(net, state.width, task.head),
+        "loss": _loss(net, state.width, checked),
+        "loss_per": task.loss_per,
+        "metric": {**plain(task.metric), "measure": _measure(task)},
+        "augment": _code(task.augment),
+        "recipe": recipe.to_json(),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "goal": goal,
+        "upcoming": upcoming if counts_upcoming else None,
+        "width": state.width,
+        "earlier network": _network(state),
+        "data": {part: checksums(getattr(task, part)) for part in ("train", "val", "test")},
+    }
+
+
+def environment(key: jax.Array) -> dict[str, Any]:
+    """Return the settings of JAX that change what is computed."""
+    names = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_default_prng_impl",
+        "jax_threefry_partitionable",
+    )
+    found = {name: getattr(jax.config, name, None) for name in names}
+    plainly = {name: value if isinstance(value, bool) else str(value) for name, value in found.items()}
+    return {**plainly, "key": str(jax.random.key_impl(key))}
+
+
+def _model(net: Net, width: float, head: Any) -> str:
+    """Return a digest of the programs of backbone and head, in training and in evaluation."""
+    backbone, layout, output = net.program(width), net.layout(width), heads.program(head)
+    variables, own = merge(layout.shared, layout.local), heads.layout(net, head, width)[0]
+
+    def both(variables: Any, own: Any, x: Any, key: jax.Array) -> Any:
+        parts = []
+        for train in (True, False):
+            features, updates = backbone.apply(variables, x, train, key if train else None)
+            parts.append((updates, output.apply(own, features, train, key if train else None)))
+        return parts
+
+    text = program_text(both, variables, own, net.sample, jax.random.key(0))
+    return f"{text[:16]} by jax {jax.__version__}"
+
+
+def _loss(net: Net, width: float, checked: CheckedTask) -> str | None:
+    """Return the name of the user's loss, and a digest of its program, or of its code where no data is at hand."""
+    task = checked.task
+    if task.loss is None:
+        return None
+    if checked.train is None or not isinstance(task.train, (tuple, dict, list)):
+        return _code(task.loss)
+    _, y = checked.train.arrays or next(checked.train.epoch(0, None))
+    out = form(net, width, task.head, False).output(net.sample)
+    count = examples(net.sample)
+    like = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
+    try:
+        return f"{_name(task.loss)} {_short(*checked.objective.text(out, jax.tree.map(like, y)))}"
+    except Exception:  # of other labels, which the augmentation makes
+        return _code(task.loss)
+
+
+def _measure(task: Task) -> str | None:
+    measure = task.metric.measure
+    return _code(measure.values if isinstance(measure, MeanOf) else measure)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _code(function: Any) -> str | None:
+    """Return the name of a function and a digest of its code and of the plain values it has captured."""
+    if function is None:
+        return None
+    return f"{_name(function)} {_short(*_known(function, 0))}"
+
+
+def _short(*words: str) -> str:
+    return hashlib.sha256("\n".join(words).encode(errors="backslashreplace")).hexdigest()[:16]
+
+
+def _known(value: Any, depth: int) -> Iterator[str]:
+    """Yield what can be known of a function, or of a value that it holds, in words that another process repeats."""
+    inner = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None) or getattr(value, "func", None)
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items())
+        yield from (value.__qualname__, *_code_words(value.__code__))
+    elif inner is not None:
+        held = (inner, *getattr(value, "args", ()), *sorted(getattr(value, "keywords", {}).items()))
+    elif isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+        yield repr(value)
+        return
+    elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        yield integrity.array_digest(value)
+        return
+    elif isinstance(value, tuple):
+        held = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__qualname__
+        held = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    else:
+        yield type(value).__qualname__
+        held = (type(value).__call__,) if callable(value) and not isinstance(value, type) else ()
+    if depth < 5:
+        for part in held:
+            yield from _known(part, depth + 1)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _code_words(code: types.CodeType) -> Iterator[str]:
+    yield from (code.co_code.hex(), *code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code_words(constant)
+        else:
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+
+def _network(state: State) -> int:
+    older = {
+        name: {p: row.hex() for p, row in integrity.recorded(state, find(state, name)).items()} for name in names(state)
+    }
+    network = {"tasks": older, "shared": checksums(state.shared), "local": checksums(state.local)}
+    return zlib.crc32(json.dumps(network, sort_keys=True).encode())
+
+
+def checksums(data: Any) -> Any:
+    """Return `{path: dtype, shape and CRC-32}` of trees of arrays, one text for a list of batches, None for others."""
+    if isinstance(data, list):
+        whole = zlib.crc32(json.dumps([checksums(batch) for batch in data]).encode())
+        return f"{len(data)} batches {whole:08x}"
+    if not isinstance(data, (tuple, dict)):
+        return None
+    as_arrays = jax.tree.map(np.asarray, data, is_leaf=lambda part: isinstance(part, list))
+    found = {}
+    for name, leaf in flatten(as_arrays).items():
+        host = np.ascontiguousarray(leaf)
+        flat = host.tobytes() if host.dtype == object else host.reshape(-1).view(np.uint8).data
+        found[name] = f"{describe(leaf)} {zlib.crc32(flat):08x}"
+    return found

@@ -1,0 +1,170 @@
+"""The folder of one task of a run: its stages, and what they were made with."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pae_jax.core import State
+from pae_jax.errors import CheckpointError
+from pae_jax.lifelong.policy import Stage, StageRecord
+from pae_jax.nets import Net
+from pae_jax.storage import files, load, read_metadata, save
+
+FROZEN = "frozen"
+
+
+class TaskFolder:
+    """Stages of one task on disk.
+
+    Each stage says of which folder it is, the how-manieth folder of its run, and with which settings it was made;
+    `settings.json` repeats that, and is made again where it is lost.
+
+    Args:
+      path: the folder.
+      settings: what its stages must have been made with; None to read whatever is there.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any] | None):
+        self.path, self._settings, self._made = path, settings, 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task is frozen."""
+        with files.disk_errors(f"cannot read {self.path}"):
+            return (self.path / FROZEN).exists()
+
+    @property
+    def number(self) -> int:
+        """Which folder of its run it is, from 1; 0 for a folder that is none of a task."""
+        try:
+            begun = self._begun
+        except CheckpointError:  # that of another program; or settings and stages are damaged, which `resume` raises
+            return 0
+        return begun["number"] if begun is not None and begun.get("folder") == self.path.name else 0
+
+    @functools.cached_property
+    def _begun(self) -> dict[str, Any] | None:
+        """What the folder was begun with: by `settings.json`, or by its stages; None if it was not begun."""
+        try:
+            return files.read_sealed(self.path / "settings.json")
+        except CheckpointError:
+            labels = [*self._stages(), *self._failures()]
+            return self._facts(labels[0])["begun"] if labels else None
+
+    def resume(self) -> bool:
+        """Make sure that the settings are those of an earlier process; say whether there was one."""
+        files.remove_leftovers(self.path)
+        begun = self._begun
+        if begun is None:
+            return False
+        _require_same(begun["settings"], self._settings, self.path)
+        try:
+            files.read_sealed(self.path / "settings.json")
+        except CheckpointError:
+            files.write_sealed(self.path / "settings.json", begun)
+        return True
+
+    def begin(self, number: int) -> None:
+        """Write down the settings of a folder that is new."""
+        begun = {"folder": self.path.name, "number": number, "settings": self._settings}
+        files.write_sealed(self.path / "settings.json", begun)
+        self._begun = begun
+
+    def find(self, net: Net, label: str, heads: Mapping[str, Any]) -> Stage | None:
+        """Return a stage that an earlier process has finished, None if there is none."""
+        with files.disk_errors(f"cannot read {self.path}"):
+            whole, failed = (self.path / label).exists(), (self.path / f"{label}.json").exists()
+        if not whole and not failed:
+            return None
+        record = StageRecord.from_json(self.metadata(label)["record"])
+        self._made += 1
+        return Stage(record, None if failed else lambda: load(net, self.path / label, heads=heads))
+
+    def put(self, label: str, record: StageRecord, state: State | None, more: Mapping[str, Any]) -> None:
+        """Write a stage; without a state, only the record of its failure."""
+        facts = {"record": record.to_json(), "position": self._made, "begun": self._begun, **more}
+        if state is None:
+            files.write_sealed(self.path / f"{label}.json", facts)
+        else:
+            save(self.path / label, state, facts)
+        self._made += 1
+
+    def metadata(self, label: str) -> dict[str, Any]:
+        """Return what was stored beside a stage, or raise `CheckpointError` where that is of another stage or task."""
+        facts = self._facts(label)
+        if self._settings is not None:
+            _require_same(facts["begun"]["settings"], self._settings, self.path / label)
+        return facts
+
+    def records(self) -> list[StageRecord]:
+        """Return the records of all stages that were tried, in order; the frozen one is the last."""
+        if self.finished:
+            facts = self.metadata(FROZEN)
+            return [StageRecord.from_json(record) for record in (*facts["records"], facts["record"])]
+        found = [self.metadata(label) for label in (*self._stages(), *self._failures())]
+        return [StageRecord.from_json(f["record"]) for f in sorted(found, key=lambda facts: facts["position"])]
+
+    def freeze(self, records: list[StageRecord], record: StageRecord, state: State, more: Mapping[str, Any]) -> None:
+        """Write the last stage, with the records of all that were tried, which outlive their stages."""
+        self.put(FROZEN, record, state, {**more, "records": [one.to_json() for one in records]})
+
+    def tidy(self, keep: str) -> None:
+        """Write `records.json` for readers, and remove the stages that led to the frozen one unless all are kept."""
+        path, facts = self.path / "records.json", {"records": self.metadata(FROZEN)["records"]}
+        try:
+            known = files.read_sealed(path) == facts
+        except CheckpointError:
+            known = False
+        if not known:
+            files.write_sealed(path, facts)
+        if keep == "frozen":
+            for label in self._stages():
+                if label != FROZEN:
+                    with files.disk_errors(f"cannot remove {self.path / label}"):
+                        shutil.rmtree(self.path / label, ignore_errors=True)
+
+    def _facts(self, label: str) -> dict[str, Any]:
+        """Return what was stored beside a stage, which must say that it is this one."""
+        path = self.path / label
+        with files.disk_errors(f"cannot read {path}"):
+            whole = path.is_dir()
+        facts = read_metadata(path)["metadata"] if whole else files.read_sealed(self.path / f"{label}.json")
+        try:
+            said = facts["record"]["stage"], facts["begun"]["folder"]
+        except (KeyError, TypeError):
+            raise CheckpointError(
+                f"{path} does not say what it was made with: it is of another program or an earlier version. Remove "
+                f"{self.path}, or use another run folder."
+            ) from None
+        if said != (label, self.path.name):
+            raise CheckpointError(f"{path} is the stage {said[0]} of {said[1]}. Remove it; it is made again.")
+        return facts
+
+    def _stages(self) -> list[str]:
+        with files.disk_errors(f"cannot read {self.path}"):
+            entries = sorted(self.path.iterdir()) if self.path.exists() else []
+            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(files.ASIDE)]
+
+    def _failures(self) -> list[str]:
+        with files.disk_errors(f"cannot read {self.path}"):
+            found = sorted(self.path.glob("*.json")) if self.path.exists() else []
+        return [path.stem for path in found if path.stem not in ("settings", "records")]
+
+
+def _require_same(found: Any, mine: Any, folder: Path, name: str = "") -> None:
+    """Raise `CheckpointError` naming the first leaf in which two settings differ."""
+    if isinstance(found, dict) and isinstance(mine, dict):
+        for entry in [*mine, *(entry for entry in found if entry not in mine)]:
+            _require_same(found.get(entry), mine.get(entry), folder, f"{name}.{entry}" if name else entry)
+    elif isinstance(found, list) and isinstance(mine, list) and len(found) == len(mine):
+        for position, pair in enumerate(zip(found, mine, strict=True)):
+            _require_same(*pair, folder, f"{name}[{position}]")
+    elif found != mine:
+        raise CheckpointError(
+            f"{folder} was begun with other settings: '{name}' was {found!r} and is now {mine!r}. Use the same, or "
+            "another run folder."
+        )
