@@ -40,6 +40,7 @@ from pae_jax.errors import (
     PaeError,
     PhaseError,
     StructureError,
+    TrainingInterrupted,
     UnknownTaskError,
 )
 from pae_jax.lifelong import (
@@ -99,6 +100,7 @@ __all__ = [
     "TaskProgram",
     "TaskState",
     "TrainState",
+    "TrainingInterrupted",
     "UnknownTaskError",
     "WidenMaps",
     "as_flax",

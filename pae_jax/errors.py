@@ -91,6 +91,24 @@ class DivergedError(PaeError, ArithmeticError):
         )
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was interrupted by hand, such as by Ctrl-C or by stopping a notebook cell.
+
+    Attributes:
+      state: the network after the last step that was finished.
+      history: the `History` of the finished epochs; `fit(resume=error.history)` takes the interrupted one again, from
+        these weights.
+    """
+
+    def __init__(self, task: str, step: int, state: Any, history: Any):
+        self.state = state
+        self.history = history
+        super().__init__(
+            f"task {task!r}: training was interrupted after {step} steps. The network after the last of them is this "
+            "exception's `.state`, its history `.history`; in a notebook, `sys.last_value.state`."
+        )
+
+
 class ForgettingError(PaeError, RuntimeError):
     """An array that a frozen task depends on has changed since the task was frozen."""
 

@@ -17,7 +17,7 @@ as_flax task_variables gate commit clear_caches write_bundle read_bundle certifi
 State TaskState Growth History Net CubicSchedule Picking Plateau WidenMaps TrainState Best Devices
 Task Metric MeanOf Recipe Run Outcome Status Stream Server Inference TaskProgram Certificate
 PaeError ArgumentError CapacityError CheckpointError DataError DivergedError ForgettingError NotPreservableError
-PhaseError StructureError UnknownTaskError
+PhaseError StructureError TrainingInterrupted UnknownTaskError
 """
 MODULES = {"data", "faces", "metrics", "models", "recipes", "sizes"}
 

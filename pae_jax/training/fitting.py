@@ -96,6 +96,7 @@ def fit(
       UnknownTaskError, PhaseError: no such task, or it is frozen.
       ArgumentError: an argument outside its range, or an optimizer that needs more arguments than gradients.
       DataError, StructureError: unusable data or loss, named; before training where the data is arrays.
+      TrainingInterrupted: a KeyboardInterrupt; holds the state after the last finished step.
       DivergedError: loss or gradient became NaN or infinite; holds the state after the last good step.
 
     Example:

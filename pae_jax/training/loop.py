@@ -12,7 +12,7 @@ import numpy as np
 
 from pae_jax import html
 from pae_jax.core import CubicSchedule, State, pruning
-from pae_jax.errors import ArgumentError, DivergedError
+from pae_jax.errors import ArgumentError, DivergedError, TrainingInterrupted
 from pae_jax.nets import as_inputs
 from pae_jax.progress import progress_bar
 from pae_jax.training import steps
@@ -139,6 +139,17 @@ class _Loop:
             )
 
     def run(self) -> tuple[State, History]:
+        try:
+            return self._run()
+        except KeyboardInterrupt as error:
+            ts = self.carry.ts
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(ts)):  # between the step and its result
+                raise
+            kept = jax.tree.map(jnp.copy, ts)
+            history = History(tuple(self.rows), len(self.rows), kept, self.choice)
+            raise TrainingInterrupted(self.of.task, self.taken, self._state(ts), history) from error
+
+    def _run(self) -> tuple[State, History]:
         of = self.of
         if of.val is not None:
             self.evaluation.check(of.val)

@@ -848,3 +848,25 @@ def test_an_augmentation_of_several_inputs_gets_them_all(quick_fit):
     assert flatten(found.shared).keys() == flatten(expected.shared).keys()
     for path, leaf in flatten(found.shared).items():
         np.testing.assert_array_equal(leaf, flatten(expected.shared)[path])
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_an_interrupt_leaves_the_last_state_in_the_users_hands(net, second, quick_fit, adam, data, steps_per_call):
+    """Ctrl-C in the seventh of ten steps, two epochs of five; what was trained until then is not lost."""
+    answers = pae.predict(net, second, "a", data[0])
+
+    def interrupt(row):
+        if row["step"] >= 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(pae.TrainingInterrupted, match=r"task 'b': training was interrupted after [78] steps") as caught:
+        quick_fit(second, "b", on_step=interrupt, devices=pae.Devices(steps_per_call=steps_per_call))
+    state, history = caught.value.state, caught.value.history
+    pae.check(state, net)
+    pae.verify(state)
+    assert (pae.predict(net, state, "a", data[0]) == answers).all()
+    assert changed(state, second) and len(history.rows) == 1
+    with pytest.raises(KeyboardInterrupt):
+        raise caught.value
+    on, history = quick_fit(state, "b", epochs=1, resume=history)
+    assert len(history.rows) == 2 and changed(on, state)
