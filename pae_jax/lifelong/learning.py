@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import Mesh
 
+from pae_jax import html
 from pae_jax.checks import check_key
 from pae_jax.core import State, find, from_variables, init, names, task_variables
 from pae_jax.errors import ArgumentError
@@ -17,7 +18,7 @@ from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.one_task import Learner
 from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
-from pae_jax.lifelong.preconditions import check_call, check_stream, recipe_for
+from pae_jax.lifelong.preconditions import check_place, check_stream, check_task, recipe_for
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name, matrix_of
 from pae_jax.lifelong.session import Session
@@ -25,7 +26,7 @@ from pae_jax.lifelong.settings import settings_of
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net
 from pae_jax.progress import progress_bar
-from pae_jax.training import EVAL_BATCH, Devices, devices_of
+from pae_jax.training import Devices, devices_of
 
 _STARTS = 5  # own networks that a goal of finetuning averages over; CPG's scripts take 5
 
@@ -87,28 +88,30 @@ def learn(
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
     session = Session(net, recipe_for(state, recipe), check_key(key), run, devices_of(devices), progress)
-    return _learn(session, state, task, goal, upcoming)
+    check_place(net, state, task)
+    checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
+    return _learn(session, state, checked, goal, upcoming)
 
 
-def _learn(session: Session, state: State, task: Task, goal: float | None, upcoming: int | None) -> Outcome:
+def _learn(session: Session, state: State, checked: CheckedTask, goal: float | None, upcoming: int | None) -> Outcome:
     """Do the work of `learn`."""
-    net, recipe = session.net, session.recipe
-    checked = check_call(net, state, task, recipe, goal, upcoming, session.devices)
+    net, recipe, task = session.net, session.recipe, checked.task
     wanted = recipe.goal if goal is None else goal
     if isinstance(wanted, str):
         # A task that cannot start needs no goal, which would cost a training of its own.
         stuck = starting_width(net, state, recipe) is None
-        wanted = None if stuck else _own_goal(session, state, task, wanted)
+        wanted = None if stuck else _own_goal(session, state, checked, wanted)
     value = None if wanted is None else float(wanted)
     name = folder_name(f"{len(state.tasks) + 1:02d}-", task.name)
     with _learner(session, checked, state, value, upcoming, name, task.name) as learner:
         return learner.learn()
 
 
-def _own_goal(session: Session, state: State, task: Task, kind: str) -> float:
+def _own_goal(session: Session, state: State, checked: CheckedTask, kind: str) -> float:
     """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
+    task = checked.task
     if kind == "baseline" or not state.tasks:
-        return _alone(session, task, None).value()
+        return _alone(session, task, None, checked=checked).value()
     earlier = names(state)
     order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
     values = []
@@ -116,7 +119,7 @@ def _own_goal(session: Session, state: State, task: Task, kind: str) -> float:
         start = from_variables(
             session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
         )
-        values.append(_alone(session, task, start, name).value())
+        values.append(_alone(session, task, start, name, checked).value())
     return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)
 
 
@@ -234,7 +237,9 @@ class _OwnNetwork:
         return found
 
 
-def _alone(session: Session, task: Task, start: State | None, earlier: str = "") -> _OwnNetwork:
+def _alone(
+    session: Session, task: Task, start: State | None, earlier: str = "", checked: CheckedTask | None = None
+) -> _OwnNetwork:
     recipe = session.recipe
     train = recipe.finetune if earlier and recipe.finetune is not None else recipe.train
     # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
@@ -259,7 +264,9 @@ def _alone(session: Session, task: Task, start: State | None, earlier: str = "")
         start = init(session.net, session.stage_key(task.name, "init"))
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
-    checked = check_call(session.net, start, task, alone, None, None, session.devices)
+    if checked is None:
+        check_place(session.net, start, task)
+        checked = check_task(session.net, start, task, alone, None, None, session.devices)
     return _OwnNetwork(session, checked, start, earlier)
 
 
@@ -278,6 +285,14 @@ class Stream:
     state: State
     outcomes: tuple[Outcome, ...]
     matrix: AccuracyMatrix | None
+
+    def _repr_html_(self) -> str:
+        columns = ("task", "status", "validation", "goal", "test", "pruned", "size ratio")
+        rows = [
+            (one.task, one.status.value, one.value, one.goal, one.test, f"{one.pruned:.1%}", f"{one.width**2:.3g}")
+            for one in self.outcomes
+        ]
+        return html.table(columns, rows) + self.state._repr_html_()
 
 
 def learn_all(
@@ -320,14 +335,18 @@ def learn_all(
       0.0
     """
     where = devices_of(devices)
-    check_stream(net, state, tasks, recipe, goals, where)
+    known_tasks = check_stream(net, state, tasks, recipe, goals, where)
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
     for number, task in enumerate(progress_bar(tasks, title=recipe.name, unit="task", shown=progress)):
         session = Session(net, recipe_for(state, recipe), check_key(key), run, where, progress)
-        goal = None if goals is None else goals.get(task.name)
-        outcome = _learn(session, state, task, goal, len(tasks) - number - 1)
+        goal, upcoming = None if goals is None else goals.get(task.name), len(tasks) - number - 1
+        check_place(net, state, task)
+        checked = known_tasks.pop(task.name, None)
+        if checked is None:
+            checked = check_task(net, state, task, session.recipe, goal, upcoming, where)
+        outcome = _learn(session, state, checked, goal, upcoming)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:
@@ -341,6 +360,6 @@ def learn_all(
             if run is not None:
                 run.record_accuracies(task.name, known)
         rows[task.name] = known
-        # Data that nobody asks for any more may be let go.
-        measured.append(CheckedTask.of(net, replace(task, train=None, val=None), state.width, EVAL_BATCH))
+        # Only the test data is needed from now on.
+        measured.append(replace(checked, task=replace(task, train=None, val=None), train=None, val=None))
     return Stream(state, tuple(outcomes), matrix_of(rows))

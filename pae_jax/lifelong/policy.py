@@ -7,10 +7,12 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import jax
 
+from pae_jax import html
 from pae_jax.core import State, ownership
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.recipes import Expansion, Ladder, Recipe
@@ -174,6 +176,22 @@ class Outcome:
             found = "diverged" if r.diverged else f"validation {r.value:.4f}"
             lines.append(f"  {r.stage:<18} size ratio {r.width**2:.3g}, pruned {r.pruned:.3f}: {found}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        columns = ("stage", "size ratio", "pruned", "validation", "epochs", "weights", "free")
+        rows = [
+            (
+                r.stage,
+                f"{r.width**2:.3g}",
+                f"{r.pruned:.1%}",
+                "diverged" if r.diverged else r.value,
+                r.epochs,
+                r.weights,
+                r.free,
+            )
+            for r in self.records
+        ]
+        return f"<div>{escape(str(self).splitlines()[0])}</div>{html.table(columns, rows)}"
 
 
 def wider(width: float, expansion: Expansion | None) -> float | None:

@@ -19,17 +19,8 @@ def recipe_for(state: State, recipe: Recipe) -> Recipe:
     return recipe.first if recipe.first is not None and not state.tasks else recipe
 
 
-def check_call(
-    net: Net,
-    state: State,
-    task: Task,
-    recipe: Recipe,
-    goal: float | None = None,
-    upcoming: int | None = None,
-    devices: Devices | None = None,
-    first: bool = True,
-) -> CheckedTask:
-    """Check a call before anything is computed or written; return the checked task."""
+def check_place(net: Net, state: State, task: Task) -> None:
+    """Check that a network can take a task of this name."""
     integrity.check(state)
     last = newest(state)
     integrity.require_own_net(net, state, [] if last is None else [find(state, last)])
@@ -41,6 +32,30 @@ def check_call(
         raise ArgumentError(
             f"task {task.name!r} exists already; tasks: {', '.join(names(state))}. Choose another name."
         )
+
+
+def check_task(
+    net: Net,
+    state: State,
+    task: Task,
+    recipe: Recipe,
+    goal: float | None = None,
+    upcoming: int | None = None,
+    devices: Devices | None = None,
+    first: bool = True,
+) -> CheckedTask:
+    """Check a task, its data and its goal against a recipe; return the checked task.
+
+    Args:
+      net: the network description.
+      state: the network before this task, or before the stream that it belongs to.
+      task: what to learn.
+      recipe: settings of the loop.
+      goal: value to reach; None takes the recipe's.
+      upcoming: tasks still to come after this one.
+      devices: where it will be trained.
+      first: whether it is the next task of this network, not a later one of a stream.
+    """
     if recipe.picking is not None and recipe.picking.top is not None and first and not state.tasks:
         raise ArgumentError(
             f"recipe {recipe.name!r} picks among older weights, and the network has none; give the random ones to "
@@ -95,12 +110,12 @@ def check_stream(
     recipe: Recipe,
     goals: Mapping[str, float] | None,
     devices: Devices | None,
-) -> None:
-    """Check later tasks before any task is learned, if all tasks are available."""
+) -> dict[str, CheckedTask]:
+    """Check a stream before any of it is learned; return the checked tasks, as far as all tasks are there already."""
     if not hasattr(tasks, "__len__"):
         raise ArgumentError(f"tasks must be a sequence, whose length is known; found {type(tasks).__name__}")
     if not isinstance(tasks, (list, tuple)):
-        return  # tasks are created one after the other
+        return {}  # tasks are created one after the other
     known = [task.name for task in tasks]
     twice = sorted({name for name in known if known.count(name) > 1})
     if twice:
@@ -113,7 +128,10 @@ def check_stream(
     for name in goals or {}:
         if name not in known:
             raise ArgumentError(f"goals has {name!r}, which is no task; tasks: {', '.join(known)}")
+    checked = {}
     for number, task in enumerate(tasks):
+        check_place(net, state, task)
         later = recipe if number else recipe_for(state, recipe)
         goal = None if goals is None else goals.get(task.name)
-        check_call(net, state, task, later, goal, None, devices, first=not number)
+        checked[task.name] = check_task(net, state, task, later, goal, None, devices, first=not number)
+    return checked

@@ -961,3 +961,11 @@ def test_per_cent_for_a_fraction_is_refused_where_the_metric_is_an_accuracy(fiel
     recipe = dataclasses.replace(PLAIN, **{"goal": 0.9, **fields})
     with pytest.raises(pae.ArgumentError, match=words):
         learn(empty, make_task("a"), recipe)
+
+
+def test_an_outcome_and_a_stream_show_themselves_as_tables(learn_all):
+    stream = learn_all([make_task("a<b>")], ONE_SHOT)
+    outcome = stream.outcomes[0]._repr_html_()
+    assert "a&lt;b&gt;: learned" in outcome and outcome.count("<tr>") == 1 + len(stream.outcomes[0].records)
+    whole = stream._repr_html_()
+    assert "<script" not in whole and "a&lt;b&gt;" in whole and "Dense_0/kernel" in whole
