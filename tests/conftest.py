@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,9 @@ with install_import_hook(["pae_jax.core.ownership", "pae_jax.core.selection"], "
 from pae_jax.trees import describe, flatten
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell starts background jobs with interrupts ignored; the tests of interrupts, and their subprocesses, need them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Compiling with few optimizations is twice as fast, and so it is again without XLA's newer code generator on CPUs.
 # Set here, since session fixtures come before those of modules; tests/optimized compiles as users do.
 jax.config.update("jax_disable_most_optimizations", True)
