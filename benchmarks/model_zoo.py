@@ -6,7 +6,7 @@ Writes:    benchmarks/results/model_zoo.json; about 10 minutes on 2 CPU cores, n
 
 The builders of `zoo_linen.py` and `zoo_nnx.py` imitate public models: how they are called, which variables they keep,
 what they return and which operations they use. Each is packed, trained, pruned and frozen with two tasks, verified,
-saved, loaded, widened and served; the first task's outputs must stay bit-identical.
+saved, loaded, widened, served and exported; the first task's outputs must stay bit-identical.
 """
 
 from __future__ import annotations
@@ -203,6 +203,15 @@ def live(net: pae.Net, x: Any, folder: Path, passed: list[str]) -> None:
         raise AssertionError("the server answers otherwise")
     same(state)
     passed.append("serve")
+    try:
+        program = pae.export(net, state, "a")
+        passed.append("export")
+    except pae.StructureError:  # models that compute with the number of examples
+        program = pae.export(net, state, "a", batch_size=ROWS)
+        passed.append("export at one batch size")
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(program.call(x)), strict=True):
+        if np.asarray(one).tobytes() != np.asarray(other).tobytes():
+            raise AssertionError("the exported program answers otherwise")
 
 
 def wrapper(net: pae.Net) -> str:
@@ -225,7 +234,7 @@ def main() -> None:
         row = {"name": name, "like": entry.like, "wrapper": wrapper(net), "passed": passed, "refused": error}
         row |= {"why": entry.refusal if error else "", "seconds": round(time.perf_counter() - start, 1)}
         rows.append(row)
-        print(f"{name:32} {row['wrapper']:24} {len(passed)} of 7  {row['seconds']:5.1f} s  {error[:300]}", flush=True)
+        print(f"{name:32} {row['wrapper']:24} {len(passed)} of 8  {row['seconds']:5.1f} s  {error[:300]}", flush=True)
         whole = sum(not row["refused"] for row in rows)
         if not sys.argv[1:]:
             path.write_text(json.dumps({"models": len(rows), "whole_life": whole, "rows": rows}, indent=2) + "\n")

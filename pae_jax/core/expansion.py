@@ -115,9 +115,11 @@ def _features_of(net: Net, width: float) -> Any:
 
 def _refusal(maps: WidenMaps, narrow: float, wide: float) -> NotPreservableError:
     reasons = tuple(str(reason) for reason in maps.reasons)
-    listing = "\n".join(f"  - {reason}" for reason in reasons)
+    more = len(reasons) - 1
+    others = f" ({more} more {'place' if more == 1 else 'places'} in this error's `.reasons`)" if more else ""
     return NotPreservableError(
-        f"from width {narrow} to {wide} the network would not compute the old function on the old weights:\n{listing}\n"
+        f"from width {narrow} to {wide} the network would not compute the old function on the old weights: "
+        f"{reasons[0]}{others}\n"
         "Change the model there, or pass accept_changes=True: old tasks stay bit-identical at their own width, but the "
         "next task finds older knowledge altered.",
         reasons,
