@@ -59,10 +59,21 @@ from pae_jax.lifelong import (
     recipes,
 )
 from pae_jax.nets import Net, layout, linen, nnx, width_for
-from pae_jax.reports import report, sizes
-from pae_jax.serving import Inference, Server, TaskProgram, export
+from pae_jax.reports import report, sizes, transfer
+from pae_jax.serving import Inference, Server, SlimNet, TaskProgram, export, slim
 from pae_jax.storage import Certificate, certificate, load, read_bundle, read_metadata, save, write_bundle
-from pae_jax.training import Best, Devices, History, Plateau, TrainState, evaluate, features, fit, predict
+from pae_jax.training import (
+    Best,
+    Devices,
+    History,
+    Plateau,
+    TrainState,
+    evaluate,
+    features,
+    fit,
+    gradient_scores,
+    predict,
+)
 from pae_jax.version import __version__ as __version__
 from pae_jax.widening import WidenMaps, widen_maps
 
@@ -92,6 +103,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Server",
+    "SlimNet",
     "State",
     "Status",
     "Stream",
@@ -121,6 +133,7 @@ __all__ = [
     "freeze",
     "from_variables",
     "gate",
+    "gradient_scores",
     "init",
     "layout",
     "learn",
@@ -140,8 +153,10 @@ __all__ = [
     "report",
     "save",
     "sizes",
+    "slim",
     "task_variables",
     "trainable",
+    "transfer",
     "verify",
     "widen_maps",
     "width_for",

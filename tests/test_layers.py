@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "pae_jax"
 FLOORS = (
-    ("errors", "arrays", "caching", "html", "progress", "version"),
+    ("errors", "arrays", "caching", "html", "large_arrays", "progress", "version"),
     ("trees",),
     ("checks",),
     ("widening", "data", "models"),
@@ -62,15 +62,18 @@ def test_imports_point_down():
     assert not wrong
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()))
+FOLDERS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_each_folder_has_one_door(folder):
-    """Whoever stands outside imports from the folder itself, never from a file in it."""
-    outside = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != folder]
+    """Whoever stands outside imports from the folder itself, never from a file in it; folders in folders as well."""
+    outside = [path for path in ROOT.rglob("*.py") if ROOT / folder not in path.parents]
     past = [
         f"{path.relative_to(ROOT)}: {module}"
         for path in outside
         for module, _ in imports_of(path)
-        if module.startswith(f"pae_jax.{folder}.")
+        if module.startswith(f"pae_jax.{folder.replace('/', '.')}.")
     ]
     assert not past
 

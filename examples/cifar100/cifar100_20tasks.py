@@ -1,15 +1,19 @@
 """Learn the superclasses of CIFAR-100 one after the other in one network, by any recipe, and compare with baselines.
 
 Command:   python examples/cifar100/cifar100_20tasks.py --preset small --recipe all --seeds 0 1 2 --out runs/small
+           python examples/cifar100/cifar100_20tasks.py --preset medium --recipe pae cpg --out runs/medium --minutes 60
            python examples/cifar100/cifar100_20tasks.py --preset paper --recipe cpg --out runs/paper
 Data:      CIFAR-100 by tensorflow-datasets, or from a local pack: --data FILE.npz
 Expected:  small: one line per method with accuracy and stored bytes; 1 to 6 minutes per method and seed, 2 CPU cores
+           medium: the same for all 20 tasks; about 45 minutes for PAE and one seed, estimated from its first task
            paper: the published protocol, averages 67.5 (PackNet), 77.1 (PAE), 80.9 (CPG); hours on a GPU
 
 `paper` is the published protocol (VGG16 with two dense layers of 4096, 20 tasks, 100 epochs), except that every choice
 is made on a tenth of the training images and never on test images. `small` is a network of 0.24 million weights, the
 first 8 tasks, 15 epochs, a fifth of the training images for validation, and a shorter ladder; all methods share its
-network, epochs and optimizer. Every run can be resumed: run the same command again.
+network and epochs. `medium` is all 20 tasks, 2,500 training and validation images each, a network of 0.37 million
+weights, 20 epochs. Every run can be resumed: run the same command again. With --minutes, a run ends after the task or
+method at which the time is over; what is finished is in the table, and the rest goes on in the next run.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +38,7 @@ from pae_jax import data
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd
 from pae_jax.reports import sizes
 
-RECIPES = ("pae", "cpg", "packnet", "piggyback")
+RECIPES = ("pae", "cpg", "packnet", "piggyback", "wsn", "supsup", "exssnet")
 METHODS = (*RECIPES, *baselines.METHODS)
 
 
@@ -56,45 +62,70 @@ class Preset:
 
 def small() -> Preset:
     """Return the protocol for a CPU: a compact network, 8 tasks, short training."""
+    model = lambda width: pae.models.SmallCNN(width=width, stem=2)  # noqa: E731
+    return Preset("small", model, tasks=8, val_fraction=0.2, recipes=_compact(15))
+
+
+def medium() -> Preset:
+    """Return the protocol of all 20 tasks on a CPU: an estimated 45 minutes for PAE and one seed on two cores."""
+    model = lambda width: pae.models.SmallCNN(width=width, channels=(40, 80, 160, 160), stem=2)  # noqa: E731
+    return Preset("medium", model, tasks=20, val_fraction=0.2, recipes=_compact(20, gain=0.05))
+
+
+def _compact(epochs: int, gain: float | None = None) -> dict[str, Recipe]:
+    """Return the recipes of the CPU protocols, which train as long as each other and by one optimizer per kind."""
     sgd = Sgd(momentum=0.9, nesterov=True, weight_decay=5e-4, decayed=("shared", "head"))
-    own = Phase(15, Rate(0.05, cosine=True), sgd)
+    own = Phase(epochs, Rate(0.05, cosine=True), sgd)
     rung = Phase(4, Rate(0.02, cosine=True), sgd)
-    ladder = Ladder((0.4, 0.6, 0.8, 0.9), rung, ramp=2.0, misses=2)
+    ladder = Ladder((0.4, 0.6, 0.8, 0.9), rung, ramp=2.0, misses=2, gain=gain)
     finetune = Recipe("finetune", own, batch_size=64)
     pae_recipe = dataclasses.replace(
         finetune, name="pae", ladder=ladder, goal="baseline", expansion=Expansion(0.5, 2.0), local_init="newest"
     )
-    picks = Rate(2e-3, cosine=True)
-    return Preset(
-        name="small",
-        model=lambda width: pae.models.SmallCNN(width=width, stem=2),
-        tasks=8,
-        val_fraction=0.2,
-        recipes={
-            "own": finetune,
-            "pae": pae_recipe,
-            "cpg": dataclasses.replace(
-                pae_recipe,
-                name="cpg",
-                train=dataclasses.replace(own, pick_rate=picks),
-                retrain=dataclasses.replace(rung, pick_rate=Rate(5e-4)),
-                expansion=Expansion(0.5, 1.5),
-                sharing="picked",
-            ),
-            "packnet": dataclasses.replace(
-                finetune,
-                name="packnet",
-                ladder=Ladder((0.6,), dataclasses.replace(rung, epochs=8), ramp=0.0, choose="last"),
-                local_init="newest",
-                allow_empty=True,
-            ),
-            "piggyback": dataclasses.replace(
-                pae.recipes.piggyback(finetune),
-                train=Phase(15, picks, Adam(), pick_rate=picks, parts=("head",)),
-                batch_size=64,
-            ),
-        },
-    )
+    return {
+        "own": finetune,
+        "pae": pae_recipe,
+        "cpg": dataclasses.replace(
+            pae_recipe,
+            name="cpg",
+            train=dataclasses.replace(own, pick_rate=Rate(2e-3, cosine=True)),
+            retrain=dataclasses.replace(rung, pick_rate=Rate(5e-4)),
+            expansion=Expansion(0.5, 1.5),
+            sharing="picked",
+        ),
+        "packnet": dataclasses.replace(
+            finetune,
+            name="packnet",
+            ladder=Ladder((0.6,), dataclasses.replace(rung, epochs=8), ramp=0.0, choose="last"),
+            local_init="newest",
+            allow_empty=True,
+        ),
+        **_masks(epochs, finetune),
+    }
+
+
+def _masks(epochs: int, finetune: Recipe) -> dict[str, Recipe]:
+    """Return the published recipes that learn masks, in fewer epochs, with rates that fall to 0 over them."""
+    picks, rate = Rate(2e-3, cosine=True), Rate(2e-3, cosine=True)
+    piggyback, wsn = pae.recipes.piggyback(finetune), pae.recipes.wsn(0.3)
+    supsup, exssnet = pae.recipes.supsup(0.3), pae.recipes.exssnet(0.3)
+    scores, weights = exssnet.head_first, exssnet.train
+    assert scores is not None
+    half = {"epochs": epochs // 2, "rate": rate}
+    return {
+        "piggyback": dataclasses.replace(
+            piggyback, train=Phase(epochs, picks, Adam(), pick_rate=picks, parts=("head",)), batch_size=64
+        ),
+        "wsn": dataclasses.replace(wsn, train=Phase(epochs, rate, Adam(), pick_rate=rate)),
+        "supsup": dataclasses.replace(
+            supsup, train=dataclasses.replace(supsup.train, epochs=epochs, rate=rate, pick_rate=rate), batch_size=64
+        ),
+        "exssnet": dataclasses.replace(
+            exssnet,
+            head_first=dataclasses.replace(scores, pick_rate=rate, **half),
+            train=dataclasses.replace(weights, epochs=epochs - epochs // 2, rate=rate),
+        ),
+    }
 
 
 def paper() -> Preset:
@@ -113,18 +144,25 @@ def paper() -> Preset:
             ),
             "packnet": pae.recipes.packnet(),
             "piggyback": pae.recipes.piggyback(),
+            "wsn": pae.recipes.wsn(),
+            "supsup": pae.recipes.supsup(),
+            "exssnet": pae.recipes.exssnet(),
         },
     )
 
 
-PRESETS = {"small": small, "paper": paper}
+PRESETS = {"small": small, "medium": medium, "paper": paper}
+
+
+class TimeIsOver(Exception):
+    """The minutes of this run are over; the next one goes on."""
 
 
 class Stream:
-    """The tasks of a run, created on access, and their goals."""
+    """The tasks of a run, created on access; none after the deadline, in seconds of `time.monotonic`."""
 
-    def __init__(self, preset: Preset, images: Any, seed: int, tasks: int | None):
-        self.preset, self.seed = preset, seed
+    def __init__(self, preset: Preset, images: Any, seed: int, tasks: int | None, deadline: float = math.inf):
+        self.preset, self.seed, self.deadline = preset, seed, deadline
         self.splits = data.superclass_tasks(images, tasks or preset.tasks, val_fraction=preset.val_fraction, seed=seed)
         self.net = pae.linen(preset.model, jnp.zeros((1, 32, 32, 3)))
         self.key = jax.random.key(seed)
@@ -133,6 +171,14 @@ class Stream:
         return len(self.splits)
 
     def __getitem__(self, index: int) -> pae.Task:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if time.monotonic() > self.deadline:
+            raise TimeIsOver
+        return self.task(index)
+
+    def task(self, index: int) -> pae.Task:
+        """Return a task, whatever the time."""
         split = self.splits[index]
         # The padding of the crops is the mean colour, so that all tasks share one compiled step.
         return pae.Task(
@@ -144,6 +190,9 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
     """Learn all tasks by a recipe; return the results as a dict."""
     run = pae.Run(folder)
     state = pae.init(stream.net, jax.random.fold_in(stream.key, 1))
+    if recipe.picking is not None and recipe.picking.top is not None and not recipe.picking.own:
+        state = pae.pack(stream.net, state, "random weights", head=None, key=jax.random.fold_in(stream.key, 2))
+        state = pae.freeze(state, "random weights")
     # learn_all accepts any sequence of tasks, also one that creates them on access.
     options: Any = {"key": stream.key, "run": run, "goals": goals, "progress": True}
     result = pae.learn_all(stream.net, state, stream, recipe, **options)  # pyright: ignore
@@ -164,6 +213,8 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
         "width": result.state.width,
         "size_ratio": result.state.width**2,
         "stored_bytes": sizes.stored(stage).total,
+        "bundle_bytes": _bundle_bytes(stream.net, result.state),
+        "reused": {row["task"]: row["reused"] for row in pae.transfer(result.state).rows},
         "weights_share": shares,
         "outcomes": [
             {"task": o.task, "status": o.status.name, "pruned": o.pruned, "goal": o.goal, "value": o.value}
@@ -173,9 +224,17 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
     }
 
 
-def run_seed(preset: Preset, images: Any, seed: int, methods: Sequence[str], out: Path, tasks: int | None) -> None:
+def _bundle_bytes(net: pae.Net, state: pae.State) -> int:
+    """Return the bytes of all tasks in one compact file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "all.safetensors"
+        pae.write_bundle(file, net, state)
+        return file.stat().st_size
+
+
+def run_seed(stream: Stream, methods: Sequence[str], out: Path) -> None:
     """Run methods for a seed; a method whose result file exists is not run again."""
-    stream = Stream(preset, images, seed, tasks)
+    preset, seed = stream.preset, stream.seed
     folder = out / f"seed-{seed}"
     needs_goals = [m for m in methods if m in RECIPES and preset.recipes[m].goal is not None]
     order = [m for m in baselines.METHODS if m in methods or (m == "separate" and needs_goals)]
@@ -183,14 +242,19 @@ def run_seed(preset: Preset, images: Any, seed: int, methods: Sequence[str], out
     for method in [*order, *[m for m in methods if m in RECIPES]]:
         file = folder / f"{method}.json"
         if not file.exists():
-            started = time.perf_counter()
-            if method in RECIPES:
-                recipe = preset.recipes[method]
-                found = run_recipe(stream, method, recipe, folder / method, {} if recipe.goal is None else goals)
-            else:
-                found = baselines.run(method, stream, preset.recipes["own"], folder / method)
-            found |= {"seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+            spent = folder / f"{method}.seconds"
+            earlier, started = float(spent.read_text()) if spent.exists() else 0.0, time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if method in RECIPES:
+                    recipe = preset.recipes[method]
+                    found = run_recipe(stream, method, recipe, folder / method, {} if recipe.goal is None else goals)
+                else:
+                    found = baselines.run(method, stream, preset.recipes["own"], folder / method)
+            finally:
+                seconds = round(earlier + time.perf_counter() - started, 1)
+                spent.write_text(f"{seconds}\n")
+            found |= {"seed": seed, "seconds": seconds}
             file.write_text(json.dumps(found, indent=1) + "\n")
         if method == "separate":
             goals = json.loads(file.read_text())["goals"]
@@ -203,6 +267,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=(*METHODS, "all"), nargs="+", default=["pae"], help="methods to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", type=int, help="fewer tasks than the preset's")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after the task at which they are over")
     parser.add_argument("--data", type=Path, help="a pack of CIFAR-100 (.npz); default: tensorflow-datasets")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar100"), help="folder of the runs")
     options = parser.parse_args()
@@ -210,9 +275,15 @@ def main() -> None:
     methods = list(METHODS) if "all" in options.recipe else [m for m in METHODS if m in options.recipe]
     open_folder(options.out, preset, options.tasks)
     images = data.load_cifar100(options.data, superclasses=options.tasks or preset.tasks)
-    for seed in options.seeds:
-        run_seed(preset, images, seed, methods, options.out, options.tasks)
+    deadline = time.monotonic() + 60 * options.minutes
+    try:
+        for seed in options.seeds:
+            run_seed(Stream(preset, images, seed, options.tasks, deadline), methods, options.out)
+    except TimeIsOver:
+        print("the time is over; the same command goes on")
     results = report.collect(options.out)
+    if not results:
+        return
     text = report.table(results)
     page = report.write(options.out, preset.name, results, text)
     print(f"\n{text}\n\nreport with pictures: {page}")

@@ -63,7 +63,7 @@ def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     net, matrix, heads_of = stream.net, np.full((len(stream), len(stream)), np.nan), []
     state = start = pae.init(net, jax.random.fold_in(stream.key, 1))
     for i in range(len(stream)):
-        task = stream[i]
+        task = stream.task(i)  # nothing is kept of an unfinished run
         state = _trained(net, start, task, recipe, stage_key(stream.key, task.name, "sequential"))
         heads_of.append(state.tasks[task.name].head)
         start = _without_tasks(net, state, task.name)

@@ -10,7 +10,10 @@ import numpy as np
 
 from pae_jax.reports import Picture, text_table, write_page
 
-METHODS = ("separate", "joint", "sequential", "frozen", "lora", "piggyback", "packnet", "pae", "cpg")
+METHODS = (
+    *("separate", "joint", "sequential", "frozen", "lora"),
+    *("piggyback", "packnet", "wsn", "supsup", "exssnet", "pae", "cpg"),
+)
 COLOURS = {"separate": "0.35", "pae": "#1f77b4", "cpg": "#2ca02c", "packnet": "#d62728"}
 
 
@@ -48,10 +51,11 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "accuracy": float(np.mean(means)),
                 "deviation": float(np.std(means, ddof=1)) if len(runs) > 1 else float("nan"),
                 "to_separate": float(np.mean(gaps)) if gaps else float("nan"),
-                "last_three": float(np.mean([np.mean(r["test"][-3:]) for r in runs])),
+                "last": float(np.mean([np.mean(r["test"][-max(3, len(r["test"]) // 4) :]) for r in runs])),
                 "forgetting": float(np.mean([r["forgetting"] for r in runs])),
                 "size_ratio": float(np.mean([r["size_ratio"] for r in runs])),
                 "stored_bytes": float(np.mean([r["stored_bytes"] for r in runs])),
+                "bundle_bytes": float(np.mean([r.get("bundle_bytes", np.nan) for r in runs])),
                 "seconds": float(np.mean([r["seconds"] for r in runs])),
             }
         )
@@ -67,15 +71,25 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{row['seeds']}",
             f"{row['accuracy']:.3f}" + ("" if np.isnan(row["deviation"]) else f" ± {row['deviation']:.3f}"),
             f"{row['to_separate']:+.3f}",
-            f"{row['last_three']:.3f}",
+            f"{row['last']:.3f}",
             f"{row['forgetting']:.4f}",
             f"{row['size_ratio']:.2f}",
             f"{row['stored_bytes'] / 1e6:.2f}",
+            "" if np.isnan(row["bundle_bytes"]) else f"{row['bundle_bytes'] / 1e6:.2f}",
             f"{row['seconds']:.0f}",
         ]
         for row in summary(results)
     ]
-    measured = ["test accuracy", "to separate", "last three", "forgetting", "size ratio", "stored MB", "s"]
+    measured = [
+        "test accuracy",
+        "to separate",
+        "last tasks",
+        "forgetting",
+        "size ratio",
+        "stored MB",
+        "bundle MB",
+        "s",
+    ]
     return text_table(["method", "tasks", "seeds", *measured], rows)
 
 

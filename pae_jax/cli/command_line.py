@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     made = command("bundle", _bundle, "Write a bundle of a stage, or of another bundle.", "path", "out")
     made.add_argument("--tasks", nargs="+", metavar="TASK", help="these tasks alone")
     made.add_argument("--after", metavar="TASK", help="a delta: only what later tasks add")
-    made.add_argument("--weights", default="float32", help="float32 (as they are), bfloat16 or int8")
+    made.add_argument("--weights", default="float32", help="float32 (as they are), bfloat16, float16 or int8")
+    made.add_argument("--local", default="float32", help="biases, norms, heads: float32, bfloat16 or float16")
     command("apply", _apply, "Write the stage that a delta makes of its base.", "base", "delta", "out")
     command("certificate", _certificate, "Say which tasks are bit-identical.", "before", "after")
     measured = command("evaluate", _evaluate, "Measure a task on data; needs --net.", "path")
@@ -120,7 +121,7 @@ def _verify(options: Any) -> Answer:
 
 def _bundle(options: Any) -> Answer:
     _, state = _opened(options, options.path)
-    header = write_state(options.out, state, options.tasks, options.after, options.weights)
+    header = write_state(options.out, state, options.tasks, options.after, options.weights, options.local)
     tasks = [task["name"] for task in header["tasks"]]
     found = {"path": str(options.out), "bytes": _bytes(options.out), "tasks": tasks, "weights": options.weights}
     found["onto"] = None if header["base"] is None else [task["name"] for task in header["base"]["tasks"]]

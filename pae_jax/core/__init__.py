@@ -16,6 +16,7 @@ from pae_jax.core.packing import freeze as freeze
 from pae_jax.core.packing import from_variables as from_variables
 from pae_jax.core.packing import init as init
 from pae_jax.core.packing import pack as pack
+from pae_jax.core.packing import release_unpicked as release_unpicked
 from pae_jax.core.picking import Picking as Picking
 from pae_jax.core.pruning import CubicSchedule as CubicSchedule
 from pae_jax.core.pruning import Of as Of

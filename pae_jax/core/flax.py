@@ -181,7 +181,8 @@ def gate(net: Net, state: State, task: str) -> optax.GradientTransformation:
     """
     entry = find_trainable(state, task, "gate")
     integrity.require_own_net(net, state, [entry])
-    own = flatten(ownership.owned(state.owner, ownership.id_array(entry.id)))
+    # Own weights that the task does not pick take part in no forward pass.
+    own = flatten(ownership.owned(_open(state, entry), ownership.id_array(entry.id)))
     backbone = {**dict.fromkeys(flatten(entry.local.get(PARAMS, {}))), **own}
 
     def init(params: Any) -> GateState:
@@ -293,18 +294,35 @@ def accept(
     if pick is not None:
         require_match(f"picks of task {task!r}", pick, entry.pick, hint)
     shared, local = net.split(backbone)
+    # Without scores, own weights that the task does not pick were handed out as 0 and keep their value.
+    shown = state.owner if pick is not None else _open(state, entry)
     owner = state.owner if owner is None else owner
     if not is_traced((shared, local, head, owner, pick, state)):
         own = (state.shared, entry.local, entry.head, state.owner)
         shared, local, head, owner = jax.tree.map(_beside, (shared, local, head, owner), own)
         pick = pick if pick is None else jax.tree.map(_beside, pick, entry.pick)
         backbone = merge(shared, local)
-        _require_unchanged(task, entry, shared, handed, owner)
+        _require_unchanged(task, entry, shared, handed, _closed(owner, shown))
         before = {"backbone": merge(handed, entry.local), "head": entry.head}
         _require_finite(task, {"backbone": backbone, "head": head}, before)
-    taken = ownership.taken(state.shared, state.owner, shared, owner, ownership.id_array(entry.id))
+    taken = ownership.taken(state.shared, shown, shared, _closed(owner, shown), ownership.id_array(entry.id))
     entry = entry.replace(local=local, head=head, pick=entry.pick if pick is None else pick)
     return state.replace(shared=taken, owner=owner, tasks={**state.tasks, task: entry})
+
+
+def _open(state: State, entry: TaskState) -> Tree:
+    """Return the owners, with 0 where the task owns a weight that it does not pick."""
+    hidden = ownership.hidden(state, entry)
+    if hidden is None:
+        return state.owner
+    return jax.tree.map(lambda o, h: jnp.where(h, jnp.zeros((), o.dtype), o), state.owner, hidden)
+
+
+def _closed(owner: Tree, shown: Tree) -> Tree:
+    """Return the owners, with 0 where a weight is not shown."""
+    if owner is shown:
+        return owner
+    return jax.tree.map(lambda o, s: jnp.where(s == ownership.FREE, jnp.zeros((), o.dtype), o), owner, shown)
 
 
 def _beside(new: Any, old: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from pae_jax.core import ownership
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
+from pae_jax.large_arrays import in_threads, packed_mask, selected
 from pae_jax.nets import Net, heads
 from pae_jax.trees import Tree, describe, flatten, require_match
 
@@ -56,9 +57,17 @@ def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
     shared = flatten(ownership.at_width(state, state.shared, entry.width))
     owner = flatten(ownership.at_width(state, state.owner, entry.width))
     found = {"settings": _settings_digest(entry)}
-    for path, leaf in shared.items():
-        mine = np.asarray(owner[path]) == entry.id
-        found[f"shared/{path}"] = array_digest(np.packbits(mine), np.asarray(leaf)[mine])
+
+    def owned(path: str) -> str:
+        ids, weights = (np.asarray(tree[path]).reshape(-1) for tree in (owner, shared))
+
+        def mine(block: slice) -> np.ndarray:
+            return ids[block] == entry.id
+
+        return array_digest(packed_mask(ids.size, mine), selected(weights, mine))
+
+    digests = in_threads([lambda path=path: owned(path) for path in shared], [leaf.size for leaf in shared.values()])
+    found |= {f"shared/{path}": digest for path, digest in zip(shared, digests, strict=True)}
     for part, tree in (("local", entry.local), ("head", entry.head), ("pick", entry.pick or {})):
         found.update({f"{part}/{path}": array_digest(leaf) for path, leaf in flatten(tree).items()})
     return {path: bytes.fromhex(text) for path, text in found.items()}
@@ -97,8 +106,9 @@ def _settings_digest(entry: TaskState) -> str:
     settings: list[Any] = [entry.id, entry.width, entry.sharing, heads.describe(entry.head_spec)]
     if entry.picking is not None:
         rule = asdict(entry.picking)
-        if rule["top"] is None:
-            del rule["top"]  # tasks frozen before this setting existed have a digest without it
+        for name, default in (("top", None), ("own", False)):
+            if rule[name] == default:
+                del rule[name]  # tasks frozen before this setting existed have a digest without it
         settings.append(rule)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -30,8 +30,10 @@ def visible(owner: Owners, task_id: TaskId, sharing: str, signs: Signs | None = 
     """Return the bool tree of the weights that take part in a task's forward pass.
 
     `1 <= owner <= k` with sharing "all", `owner in {1, k}` with sharing "first"; with signs, `owner == k` and the
-    older weights whose sign is not 0.
+    older weights whose sign is not 0; with "masked", those of both whose sign is not 0.
     """
+    if signs is not None and sharing == "masked":
+        return jax.tree.map(lambda o, s: (o > FREE) & (o <= task_id) & (s != 0), owner, signs)
     if signs is not None:
         return jax.tree.map(lambda o, s: (o == task_id) | ((o > FREE) & (o < task_id) & (s != 0)), owner, signs)
     if sharing == "first":
@@ -84,8 +86,9 @@ def effective(
       shared: weights.
       owner: parallel owner ids.
       task_id: int8 scalar.
-      sharing: rule of the task.
-      factors: with picks, the factor of each older weight: signs, or their straight-through factors.
+      sharing: rule of the task, as `TaskState.seeing`.
+      factors: with picks, the factor of each older weight: signs, or their straight-through factors; with "masked" also
+        that of each own weight.
     """
     if factors is None:
         # A -0.0 becomes +0.0, which is the same weight: an update of +0.0 would do the same.
@@ -98,7 +101,11 @@ def effective(
         known = jnp.where((factor != 0) | jnp.isfinite(w), w, zero)
         return jnp.where(own, w, jnp.where(old, known * factor.astype(w.dtype), zero))
 
-    return jax.tree.map(leaf, shared, owned(owner, task_id), picking.older(owner, task_id), factors)
+    mine, old = owned(owner, task_id), picking.older(owner, task_id)
+    if sharing == "masked":
+        old = jax.tree.map(jnp.logical_or, mine, old)
+        mine = jax.tree.map(jnp.zeros_like, mine)
+    return jax.tree.map(leaf, shared, mine, old, factors)
 
 
 _effective = jax.jit(effective, static_argnames="sharing")
@@ -138,7 +145,7 @@ def task_weights(state: State, entry: TaskState) -> Weights:
     """Return the weights a task computes with, at the task's own width: the visible ones, and 0 elsewhere."""
     shared = at_width(state, state.shared, entry.width)
     owner = at_width(state, state.owner, entry.width)
-    return _effective(shared, owner, id_array(entry.id), entry.sharing, signs(entry))
+    return _effective(shared, owner, id_array(entry.id), entry.seeing, signs(entry))
 
 
 def seen_weights(state: State, entry: TaskState) -> Weights:
@@ -206,7 +213,15 @@ def masks(state: State, task: str) -> Masks:
       True
     """
     entry = find(state, task)
-    return visible(state.owner, id_array(entry.id), entry.sharing, _widened(state, entry, signs(entry)))
+    return visible(state.owner, id_array(entry.id), entry.seeing, _widened(state, entry, signs(entry)))
+
+
+def hidden(state: State, entry: TaskState) -> Masks | None:
+    """Return which of its own weights a task does not pick, at the state's width; None if it sees all of its own."""
+    if entry.seeing != "masked":
+        return None
+    task_id, picked = id_array(entry.id), _widened(state, entry, signs(entry))
+    return jax.tree.map(lambda o, s: (o == task_id) & (s == 0), state.owner, picked)
 
 
 def trainable(state: State, task: str) -> Masks:

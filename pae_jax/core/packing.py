@@ -98,6 +98,7 @@ def pack(
     key: jax.Array,
     sharing: Literal["all", "first", "picked"] = "all",
     picking: Picking | None = None,
+    picks_from: str | None = None,
     local_init: Literal["backbone", "fresh"] | str = "backbone",
     weight_init: WeightInit = "preserve",
     budget: float | None = None,
@@ -118,6 +119,8 @@ def pack(
       sharing: which older weights the task sees: "all", "first" (those of task 1 only), or "picked" (those that it
         learns to pick, initially all; `fit` also trains the picks).
       picking: threshold and kind of the picks with sharing "picked"; None takes the published settings.
+      picks_from: older task whose weights are picked at first, with sharing "picked" and without ternary; None starts
+        as `Picking` says.
       local_init: what the local variables (norm scales and statistics, biases) start from: "backbone", those drawn by
         `init` or given to `from_variables`; "fresh", newly drawn; or the name of an older task, whose local variables
         are copied.
@@ -132,8 +135,8 @@ def pack(
         free ones if they are fewer; the others stay free and unchanged. The task claims the weights with the largest
         `budget_scores`; without scores they are drawn with `key`, uniformly among all free weights. None sets no limit.
         Prune such a task with `of="own"`, because most of the weights available to it are already free.
-      budget_scores: tree parallel to `state.shared`, finite floats of at least 0, such as squared gradients of a first
-        batch.
+      budget_scores: tree parallel to `state.shared`, finite floats of at least 0, such as those of
+        `pae.gradient_scores`.
       allow_empty: accept a task when no free weight is left; it uses older weights, its local variables and its head.
 
     Returns:
@@ -160,6 +163,10 @@ def pack(
     check_choice("sharing", sharing, SHARING)
     if picking is not None and sharing != "picked":
         raise ArgumentError(f"picking needs sharing='picked', found sharing={sharing!r}")
+    if picks_from is not None:
+        find(state, picks_from)
+        if sharing != "picked" or (picking or Picking()).ternary:
+            raise ArgumentError("picks_from needs sharing='picked' and goes without ternary")
     if local_init not in ("backbone", "fresh") and local_init not in state.tasks:
         choices = ", ".join(map(repr, ("backbone", "fresh", *names(state))))
         raise ArgumentError(f"local_init must be one of {choices}, found {local_init!r}")
@@ -182,7 +189,10 @@ def pack(
     rule = (picking or Picking()) if sharing == "picked" else None
     local = _starting_local(net, state, local_key, local_init)
     variables = heads.initial(net, head, head_key, state.width)
-    pick = rule.scores(shared, jax.random.fold_in(weight_key, 1)) if rule is not None and state.tasks else None
+    picks = rule is not None and (rule.own or bool(state.tasks))
+    pick = rule.scores(shared, jax.random.fold_in(weight_key, 1)) if rule is not None and picks else None
+    if rule is not None and pick is not None and picks_from is not None:
+        pick = rule.starting_at(pick, ownership.masks(state, picks_from))
     entry = TaskState(
         local=local,
         head=variables,
@@ -201,7 +211,7 @@ def pack(
 def freeze(state: State, task: str) -> State:
     """Make a task permanent: it can no longer change, and its digest is recorded.
 
-    The scores of picks become signs, 1 bit each.
+    The scores of picks become signs, 1 bit each. Own weights that `Picking(own=True)` leaves out are released.
 
     Args:
       state: the network.
@@ -227,11 +237,21 @@ def freeze(state: State, task: str) -> State:
             "freeze takes digests of values, which a traced function does not have; call it outside jit"
         )
     integrity.require_owner(state)
-    signs = ownership.signs(entry)
+    state, signs = release_unpicked(state, task), ownership.signs(entry)
     if signs is not None:
-        entry = entry.replace(pick=settle(signs, state.owner, ownership.id_array(entry.id)))
+        owner = ownership.at_width(state, state.owner, entry.width)
+        entry = entry.replace(pick=settle(signs, owner, ownership.id_array(entry.id)) if entry.id > 1 else None)
     entry = entry.replace(digests=integrity.as_rows(integrity.task_digests(state, entry)))
     return state.replace(tasks={**state.tasks, task: entry})
+
+
+def release_unpicked(state: State, task: str) -> State:
+    """Release the task's own weights that its picks leave out; it computes the same. No change without own picks."""
+    freed = ownership.hidden(state, find(state, task))
+    if freed is None:
+        return state
+    shared, owner = ownership.release(state.shared, state.owner, freed)
+    return state.replace(shared=shared, owner=owner)
 
 
 def drop(state: State, task: str) -> State:
@@ -317,6 +337,11 @@ def _check_new_task(state: State, task: str, head: Any) -> Any:
 def _starting_local(net: Net, state: State, key: jax.Array, source: str) -> Tree:
     if source == "backbone" and state.local is not None:
         return state.local
+    if source == "backbone" and state.tasks:
+        raise ArgumentError(
+            "local_init='backbone': this network, from a bundle or an old stage, does not hold the backbone's local "
+            f"variables. Start from those of a task, local_init={names(state)[0]!r}, or draw them, local_init='fresh'."
+        )
     _, fresh = net.initial(key, state.width)
     if source in ("backbone", "fresh"):
         return fresh

@@ -27,6 +27,8 @@ class Picking:
       ternary: whether a weight may also be used with its sign flipped.
       top: share in (0, 1] of each leaf's weights to pick, those with the highest scores, instead of a threshold; scores
         are then initialised uniformly in `+-1 / sqrt(fan in)`. None picks by the threshold.
+      own: whether the task also picks among the weights it owns, so that scores and weights may be trained together;
+        `freeze` then releases its own weights that are not picked. Goes without ternary.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -38,17 +40,21 @@ class Picking:
       >>> pae.Picking(ternary=True).signs({"w": jnp.asarray([-0.1, 0.004, 0.2])})["w"].tolist()
       [-1, 0, 1]
 
-    Source: Mallya et al., "Piggyback", ECCV 2018; Hung et al., "Compacting, Picking and Growing", NeurIPS 2019.
+    Source: Mallya et al., "Piggyback", ECCV 2018; Hung et al., "Compacting, Picking and Growing", NeurIPS 2019; `own`
+    as in Kang et al., "Forget-free Continual Learning with Winning Subnetworks", ICML 2022.
     """
 
     threshold: float = 0.005
     initial: float = 0.01
     ternary: bool = False
     top: float | None = None
+    own: bool = False
 
     def __post_init__(self) -> None:
         if self.top is not None and (not check_number("top", self.top, 0.0, 1.0) or self.ternary):
             raise ArgumentError(f"top must lie in (0, 1] and goes without ternary, found top={self.top!r}")
+        if not isinstance(self.own, bool) or (self.own and self.ternary):
+            raise ArgumentError(f"own must be a bool and goes without ternary, found own={self.own!r}")
         check_number("threshold", self.threshold, 0.0)
         check_number("initial", self.initial)
         if not self.initial > self.threshold:
@@ -68,6 +74,11 @@ class Picking:
             jax.random.uniform(k, w.shape, minval=-b, maxval=b) for k, w, b in zip(keys, leaves, bounds, strict=True)
         ]
         return structure.unflatten(drawn)
+
+    def starting_at(self, scores: Scores, mask: Masks) -> Scores:
+        """Return initial scores by which the weights of a mask come first."""
+        low = (lambda p: -jnp.abs(p)) if self.top is not None else jnp.zeros_like
+        return jax.tree.map(lambda p, m: jnp.where(m, jnp.abs(p), low(p)), scores, mask)
 
     def signs(self, pick: Scores | Signs) -> Signs:
         """Return the signs of scores: bool, or int8 in {-1, 0, 1} if ternary. Signs are returned unchanged."""
@@ -91,6 +102,10 @@ class Picking:
     def straight_through(self, scores: Scores) -> Scores:
         """Return the signs as float32 factors whose gradient passes to the scores unchanged."""
         return jax.tree.map(lambda p: self._sign(p).astype(p.dtype) + (p - jax.lax.stop_gradient(p)), scores)
+
+    def among(self, owner: Owners, task_id: TaskId) -> Masks:
+        """Return the bool tree of the weights that a task may pick: older ones, and with `own` its own."""
+        return jax.tree.map(lambda o: (o > 0) & (o <= task_id), owner) if self.own else older(owner, task_id)
 
 
 def older(owner: Owners, task_id: TaskId) -> Masks:

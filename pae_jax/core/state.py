@@ -56,6 +56,12 @@ class TaskState(struct.PyTreeNode):
         return self.digests.dtype == np.uint8
 
     @property
+    def seeing(self) -> str:
+        """What its forward pass sees: the sharing rule, or "masked" while picks also choose among its own weights."""
+        masked = self.picking is not None and self.picking.own and self.pick is not None and not self.frozen
+        return "masked" if masked else self.sharing
+
+    @property
     def phase(self) -> str:
         """`"packed"` (trainable) or `"frozen"`."""
         return "frozen" if self.frozen else "packed"

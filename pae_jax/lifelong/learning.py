@@ -16,6 +16,7 @@ from pae_jax.core import State, find, from_variables, init, names, task_variable
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.one_task import Learner
+from pae_jax.lifelong.ordering import as_passed, in_order
 from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_place, check_stream, check_task, recipe_for
@@ -251,6 +252,8 @@ def _alone(
         train=replace(train, pick_rate=None, lone_pick_rate=None, parts=parts),
         sharing="all",
         picking=None,
+        picks_from="own",
+        head_first=None if recipe.head_first is None or recipe.head_first.pick_rate else recipe.head_first,
         ladder=None,
         retrain=None,
         finetune=None,
@@ -304,6 +307,7 @@ def learn_all(
     key: jax.Array,
     run: Run | None = None,
     goals: Mapping[str, float] | None = None,
+    order: Sequence[str] | jax.Array | None = None,
     devices: Devices | Mesh | None = None,
     progress: bool = False,
 ) -> Stream:
@@ -312,11 +316,13 @@ def learn_all(
     Args:
       net: the network description the state was made with.
       state: the network before the first of these tasks.
-      tasks: what to learn, in order; any sequence, read one after the other.
+      tasks: what to learn; any sequence, read one after the other.
       recipe: settings of the loop.
       key: random key of the whole stream.
       run: folder that makes the call resumable; None works in memory alone.
       goals: `{task: value}` for those that have one; the recipe's goal for the others.
+      order: the order of learning: all names of a list of tasks, or a random key that draws a permutation. None takes
+        the tasks as they come. A run records it and refuses another one.
       devices: as for `fit`; a run may go on with another number of devices.
       progress: show progress bars.
 
@@ -335,7 +341,10 @@ def learn_all(
       0.0
     """
     where = devices_of(devices)
+    tasks, positions = in_order(tasks, order)
     known_tasks = check_stream(net, state, tasks, recipe, goals, where)
+    if run is not None:
+        run.require_order(as_passed(tasks, positions), positions)
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
@@ -347,6 +356,8 @@ def learn_all(
         if checked is None:
             checked = check_task(net, state, task, session.recipe, goal, upcoming, where)
         outcome = _learn(session, state, checked, goal, upcoming)
+        if run is not None and not number:  # nothing is written by a call that is refused
+            run.record_order(as_passed(tasks, positions), positions)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:

@@ -10,9 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pae_jax.core import CubicSchedule, State, expand, find, freeze, integrity, newest, ownership, pack, pruning
+from pae_jax.core import (
+    CubicSchedule,
+    State,
+    expand,
+    find,
+    freeze,
+    integrity,
+    newest,
+    ownership,
+    pack,
+    pruning,
+    release_unpicked,
+)
 from pae_jax.errors import DivergedError
 from pae_jax.lifelong import policy
+from pae_jax.lifelong.nearest import nearest_task
 from pae_jax.lifelong.optimizers import WithPicks, at_phase_rate
 from pae_jax.lifelong.policy import Goal, Outcome, Stage, StageRecord, Status
 from pae_jax.lifelong.recipes import Ladder, Phase, Recipe
@@ -20,10 +33,14 @@ from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask
 from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.reports import sizes
-from pae_jax.training import Best, History, Training, trained
+from pae_jax.training import Best, History, Training, scores_of, trained
 
 DEAD_SHARE = 0.25
 """Share of a task's weights without any change in training above which a run logs `dead weights`."""
+
+
+Ends = Callable[[Sequence[Mapping[str, float]]], bool]
+"""`epochs so far -> whether training ends`."""
 
 
 class Learner:
@@ -93,19 +110,7 @@ class Learner:
         state = self.start
         if width > state.width:
             state = expand(self.net, state, width=width, key=grow_key)
-        picks = {"sharing": recipe.sharing, "picking": recipe.picking if recipe.sharing == "picked" else None}
-        state = pack(
-            self.net,
-            state,
-            task.name,
-            head=task.head,
-            key=pack_key,
-            local_init=_local_init(state, recipe),
-            weight_init=recipe.weight_init,
-            budget=recipe.budget,
-            allow_empty=recipe.allow_empty,
-            **picks,
-        )
+        state = self._packed(state, pack_key)
         phases = [(recipe.train, fit_key)]
         if recipe.head_first is not None:
             phases.insert(0, (recipe.head_first, head_key))
@@ -116,6 +121,23 @@ class Learner:
             if record.dead is not None and record.dead > DEAD_SHARE:
                 self._log("dead weights", {"stage": label, "dead": record.dead}, once=True)
         return trained, record
+
+    def _packed(self, state: State, key: jax.Array) -> State:
+        """Add the task to the network, with the weights that its budget allows."""
+        recipe, name = self.recipe, self.task.name
+        options: Any = {"head": self.task.head, "key": key, "sharing": recipe.sharing}
+        options |= {"picking": recipe.picking if recipe.sharing == "picked" else None}
+        options |= {"local_init": _local_init(state, recipe), "allow_empty": recipe.allow_empty}
+        if recipe.picks_from == "nearest":
+            form, data = self.checked.form(state.width), self.checked.training_data
+            options["picks_from"] = nearest_task(state, form, data, key)
+        scores = None
+        if recipe.budget is not None and recipe.budget_by == "gradient" and ownership.free_fraction(state):
+            trial = pack(self.net, state, name, weight_init="fresh", **options)
+            data, form = self.checked.training_data, self.checked.form(state.width)
+            scores = scores_of(trial, name, form, self.checked.objective, data, key)
+        budget: Any = {"budget": recipe.budget, "budget_scores": scores}
+        return pack(self.net, state, name, weight_init=recipe.weight_init, **budget, **options)
 
     def _climb(self, trained: Stage, attempt: int) -> Stage:
         ladder = self.recipe.ladder
@@ -132,7 +154,7 @@ class Learner:
             below, last = _below(pruned, trained, rung)
             stage = self._stage(
                 f"{attempt}-pruned-{rung:.3f}",
-                lambda label, below=below, last=last, rung=rung: self._rung(label, below, ladder, last, rung),
+                lambda label, below=below, last=last, rung=rung: self._rung(label, below, ladder, (last, rung), met),
             )
             if stage.record.diverged or not self._above(ladder.floor, stage.record):
                 break
@@ -158,16 +180,18 @@ class Learner:
         return self.goal.metric.score(found) > self.goal.metric.score(floor)
 
     def _rung(
-        self, label: str, below: Stage, ladder: Ladder, before: float, rung: float
+        self, label: str, below: Stage, ladder: Ladder, fractions: tuple[float, float], met: bool
     ) -> tuple[State | None, StageRecord]:
-        state, key = below.network(), self.session.stage_key(self.task.name, label)
+        state, key, (before, rung) = below.network(), self.session.stage_key(self.task.name, label), fractions
+        ends = (lambda rows: policy.hopeless(ladder, self.goal, rows)) if met and ladder.gain is not None else None
         schedule = None
         if ladder.ramp:
             end = max(1, round(ladder.ramp * self.steps))
             schedule = CubicSchedule(final=rung, end=end, initial=before, every=ladder.every, scope=ladder.scope)
         else:
             state = pruning.prune(state, self.task.name, rung, scope=ladder.scope, of=ladder.of)
-        return self._measured(label, state, [(ladder.phase, key)], below.record, schedule, ladder.floor is not None)
+        floored = ladder.floor is not None
+        return self._measured(label, state, [(ladder.phase, key)], below.record, schedule, floored, ends)
 
     def _retrain(self, chosen: Stage, attempt: int) -> Stage:
         phase = self.recipe.retrain
@@ -272,6 +296,7 @@ class Learner:
         before: StageRecord | None,
         schedule: CubicSchedule | None = None,
         train_value: bool = False,
+        ends: Ends | None = None,
     ) -> tuple[State | None, StageRecord]:
         """Train phases, each with its own key; return the network, None if training diverged, and its record."""
         earlier = kept = before.epochs if before is not None else 0
@@ -291,12 +316,13 @@ class Learner:
         )
         try:
             for phase, key in phases:
-                state, history = self._fit(state, phase, key, schedule)
+                state, history = self._fit(state, phase, key, schedule, ends)
                 kept = earlier + len(rows) + history.kept_epoch
                 rows.extend(history.rows)
         except DivergedError as error:
             rows.extend(error.history.rows)
             return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))
+        state = release_unpicked(state, self.task.name)
         own, free = (int(n.sum()) for n in ownership.host_counts(state.owner, find(state, self.task.name).id))
         return state, replace(
             record,
@@ -311,7 +337,9 @@ class Learner:
             history=tuple(rows),
         )
 
-    def _fit(self, state: State, phase: Phase, key: jax.Array, schedule: CubicSchedule | None) -> tuple[State, History]:
+    def _fit(
+        self, state: State, phase: Phase, key: jax.Array, schedule: CubicSchedule | None, ends: Ends | None
+    ) -> tuple[State, History]:
         task, checked = self.task, self.checked
         picked = find(state, task.name).pick is not None and phase.pick_rate is not None
         keep = None
@@ -336,6 +364,7 @@ class Learner:
             keep=keep,
             devices=self.session.devices,
             rates=lambda step: (pick_rate(step), rate(step)),
+            on_epoch=None if ends is None else _collecting(ends),
             progress=self.session.progress,
         )
         optimizer = at_phase_rate(phase.optimizer)
@@ -353,6 +382,18 @@ def _below(pruned: Mapping[float, Stage], trained: Stage, rung: float) -> tuple[
     """Return the stage that a rung starts from, which has the largest fraction below it, and that fraction."""
     fraction = max((one for one in pruned if one < rung), default=None)
     return (trained, 0.0) if fraction is None else (pruned[fraction], fraction)
+
+
+def _collecting(ends: Ends) -> Callable[[State, dict[str, float]], bool]:
+    """Return a rule on all epochs so far as a function of the newest one."""
+    rows: list[dict[str, float]] = []
+
+    def on_epoch(state: State, row: dict[str, float]) -> bool:
+        del state
+        rows.append(row)
+        return ends(rows)
+
+    return on_epoch
 
 
 def owns(state: State, task: str) -> int:

@@ -147,6 +147,9 @@ class Ladder:
         fraction that still reaches the goal, else the best metric; "largest" the largest fraction tried (CPG's
         scripts).
       prune_last: whether the last task of a stream is pruned.
+      gain: largest gain of the metric per epoch to be expected, at least 0. A rung ends early, as a miss, once its goal
+        is further away from its best epoch than the epochs left times this. Epochs before its whole fraction is freed
+        do not count; a task that misses its goal unpruned trains every rung to its end. None trains all rungs.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -165,6 +168,7 @@ class Ladder:
     search: Literal["climb", "bisect"] = "climb"
     missed: Literal["best", "largest"] = "best"
     prune_last: bool = True
+    gain: float | None = None
 
     def __post_init__(self) -> None:
         for rung in self.rungs:
@@ -185,6 +189,10 @@ class Ladder:
             check_count("misses", self.misses, 1)
         if self.floor is not None:
             check_number("floor", self.floor)
+        if self.gain is not None:
+            check_number("gain", self.gain, 0.0)
+            if self.choose == "last":
+                raise ArgumentError("gain= ends rungs that miss the goal, but choose='last' does not look at the goal")
         if not 0.0 <= self.ramp <= self.phase.epochs:
             raise ArgumentError(f"ramp must lie in 0..{self.phase.epochs} epochs of its phase, found {self.ramp}")
         climbs = self.misses is not None or self.floor is not None or self.of == "own"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -280,6 +280,24 @@ def ends(ladder: Ladder, climbed: Sequence[StageRecord], goal: Goal) -> bool:
     if ladder.misses is None or goal.value is None or len(climbed) < ladder.misses:
         return False
     return not any(goal.met_by(record) for record in climbed[-ladder.misses :])
+
+
+def hopeless(ladder: Ladder, goal: Goal, rows: Sequence[Mapping[str, float]]) -> bool:
+    """Return whether a rung can no longer reach its goal: `best score + gain * epochs left < score of the goal`.
+
+    Args:
+      ladder: its `gain`, its `ramp` and the epochs of its phase.
+      goal: the goal of the task.
+      rows: the epochs of the rung so far; those before the end of the ramp do not count.
+    """
+    if ladder.gain is None or goal.value is None:
+        return False
+    scores = [row.get("score", row.get("val_accuracy", math.nan)) for row in rows[max(math.ceil(ladder.ramp) - 1, 0) :]]
+    if not scores or any(map(math.isnan, scores)):
+        return False
+    reachable = max(scores) + ladder.gain * (ladder.phase.epochs - len(rows))
+    value = reachable if goal.metric.higher_is_better else -reachable
+    return not goal.metric.reaches(value, goal.value, goal.tolerance)
 
 
 def choose(

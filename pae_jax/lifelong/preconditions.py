@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pae_jax.checks import check_count, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.lifelong.nearest import require_classes
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.task import CheckedTask, Task
@@ -56,7 +57,8 @@ def check_task(
       devices: where it will be trained.
       first: whether it is the next task of this network, not a later one of a stream.
     """
-    if recipe.picking is not None and recipe.picking.top is not None and first and not state.tasks:
+    rule = recipe.picking
+    if rule is not None and rule.top is not None and not rule.own and first and not state.tasks:
         raise ArgumentError(
             f"recipe {recipe.name!r} picks among older weights, and the network has none; give the random ones to "
             "a task: state = pae.freeze(pae.pack(net, state, 'random', head=None, key=key), 'random')"
@@ -82,6 +84,8 @@ def check_task(
     floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
+    if recipe.picks_from == "nearest" and checked.train.arrays is not None and task.augment is None:
+        require_classes(checked.train.arrays[1])
     if devices is not None and checked.train.arrays is not None:
         devices.check_batch(checked.train.size(recipe.batch_size))
     if checked.train.steps is None and (
@@ -112,8 +116,6 @@ def check_stream(
     devices: Devices | None,
 ) -> dict[str, CheckedTask]:
     """Check a stream before any of it is learned; return the checked tasks, as far as all tasks are there already."""
-    if not hasattr(tasks, "__len__"):
-        raise ArgumentError(f"tasks must be a sequence, whose length is known; found {type(tasks).__name__}")
     if not isinstance(tasks, (list, tuple)):
         return {}  # tasks are created one after the other
     known = [task.name for task in tasks]

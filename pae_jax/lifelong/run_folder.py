@@ -29,8 +29,9 @@ class Run:
     """A folder that holds a lifelong run; the same calls with the same folder go on where they were stopped.
 
     The folder has `01-name/` per task with its stages, `stages.csv` with one row per stage in the columns of the
-    paper's code, `events.jsonl` with what happened when, `accuracy.json` with the accuracy matrix, and TensorBoard
-    scalars in `tensorboard/` if the package tensorboardX is installed.
+    paper's code, `events.jsonl` with what happened when, `accuracy.json` with the accuracy matrix, `order.json` with
+    the order of the tasks of each stream, and TensorBoard scalars in `tensorboard/` if the package tensorboardX is
+    installed.
 
     The stages hold the truth, each with its checksum and with the settings that it was made with; `settings.json`,
     `records.json` and `stages.csv` are made again from them where they are lost or damaged. Text is UTF-8 everywhere.
@@ -95,6 +96,38 @@ class Run:
             rows |= {} if accuracies is None else {after: dict(accuracies)}
             listed = [{"after": name, "accuracies": row} for name, row in rows.items()]
             files.write_sealed(self.path / "accuracy.json", {"rows": listed})
+
+    def require_order(self, tasks: list[str] | int, order: list[int]) -> bool:
+        """Raise `CheckpointError` if a stream was begun in another order; return whether its order is recorded.
+
+        Args:
+          tasks: names in the order in which they were passed, or their number where they are created on access.
+          order: their positions in the order of learning.
+        """
+        known = [stream["order"] for stream in self._streams() if stream["tasks"] == tasks]
+        if known and order not in known:
+            raise CheckpointError(
+                f"{self.path} was begun with other settings: the order of tasks was {known[0]} (by position) and is "
+                f"now {order}. Pass the same order=, or another run folder."
+            )
+        return bool(known)
+
+    def record_order(self, tasks: list[str] | int, order: list[int]) -> None:
+        """Record in which order a stream is learned, as for `require_order`."""
+        if not self.require_order(tasks, order):
+            with self.lock():
+                streams = [*self._streams(), {"tasks": tasks, "order": order}]
+                files.write_sealed(self.path / "order.json", {"streams": streams})
+
+    def _streams(self) -> list[dict[str, Any]]:
+        path = self.path / "order.json"
+        with files.disk_errors(f"cannot read {path}"):
+            if not path.exists():
+                return []
+        try:
+            return list(files.read_sealed(path)["streams"])
+        except (CheckpointError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{error}. Remove {path}; it only says in which order tasks are learned.") from error
 
     def log(self, event: str, facts: Mapping[str, str | float | None], *, once: bool = False) -> None:
         """Append a line to `events.jsonl`; numbers that are not finite are null.

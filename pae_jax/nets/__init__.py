@@ -12,6 +12,7 @@ from pae_jax.nets.inputs import read_inputs as read_inputs
 from pae_jax.nets.linen import linen as linen
 from pae_jax.nets.modes import mode_arguments as mode_arguments
 from pae_jax.nets.network import Net as Net
+from pae_jax.nets.network import Program as Program
 from pae_jax.nets.network import Rngs as Rngs
 from pae_jax.nets.network import batch_size as batch_size
 from pae_jax.nets.network import layout as layout

@@ -126,5 +126,5 @@ def _seen(state: State, entry: TaskState, totals: np.ndarray) -> int:
         older = [1] if entry.sharing == "first" else list(range(1, entry.id))
         return int(totals[list({*older, entry.id})].sum())
     owner = ownership.at_width(state, state.owner, entry.width)
-    mask = ownership.visible(owner, ownership.id_array(entry.id), entry.sharing, signs)
+    mask = ownership.visible(owner, ownership.id_array(entry.id), entry.seeing, signs)
     return sum(int(np.asarray(leaf).sum()) for leaf in jax.tree.leaves(mask))

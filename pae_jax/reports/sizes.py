@@ -234,7 +234,8 @@ def _owned_bytes(state: State) -> np.ndarray:
 def _pick_bytes(state: State, entry: TaskState) -> int:
     if entry.pick is None or entry.picking is None:
         return 0
-    older = sum(int(counts[1 : entry.id].sum()) for counts in ownership.owner_counts(state).values())
+    last = entry.id + (entry.seeing == "masked")
+    older = sum(int(counts[1:last].sum()) for counts in ownership.owner_counts(state).values())
     if not entry.frozen:
         return older * _SCORE
     return -(-older // 8) * (2 if entry.picking.ternary else 1)

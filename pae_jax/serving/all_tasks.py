@@ -149,7 +149,7 @@ def _mapped(net: Net, positions: dict[_Kind, list[int]], specs: list[Any]) -> Pr
 
 def _kind(entry: TaskState) -> _Kind:
     signs = jax.tree.leaves(ownership.signs(entry))
-    return _Kind(entry.width, entry.sharing, str(signs[0].dtype) if signs else None)
+    return _Kind(entry.width, entry.seeing, str(signs[0].dtype) if signs else None)
 
 
 def _with_scores(logits: list[jax.Array]) -> tuple[list[jax.Array], dict[str, jax.Array]]:

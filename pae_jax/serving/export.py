@@ -187,7 +187,7 @@ def _all(net: Net, state: State, listed: list[str]) -> tuple[Callable[[Any, Tree
         for name, entry in entries.items():
             width, task_id = str(entry.width), ownership.id_array(entry.id)
             seen = ownership.effective(
-                given["shared"][width], given["owner"][width], task_id, entry.sharing, given["signs"].get(name)
+                given["shared"][width], given["owner"][width], task_id, entry.seeing, given["signs"].get(name)
             )
             seen = jax.lax.optimization_barrier(seen)
             found[name] = applies[name](seen, given["local"][name], given["head"][name], x)

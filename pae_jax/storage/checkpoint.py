@@ -124,17 +124,27 @@ def load(net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None) 
     Example: see `save`.
     """
     path = files.local_path(path)
-    facts = _facts(path)
     with _understood(path):
-        _require_regular(path)
-        stored = shielded(lambda: _stored(path))
-        _require_listed(path, facts, stored)
+        facts, stored = contents(path)
         template = stage.template(net, facts, dict(heads or {}))
         require_match(f"stage {path.name}", stored, stage.arrays_of(template), "Is it a stage of this model?")
-        arrays = shielded(lambda: _arrays(path, facts, stored))
-        state = stage.join(template, facts, jax.tree.map(jnp.asarray, arrays))
+        state = stage.join(template, facts, jax.tree.map(jnp.asarray, read_arrays(path, facts, stored)))
         integrity.check(state)
         return state
+
+
+def contents(path: Path) -> tuple[dict[str, Any], Tree]:
+    """Return the JSON of a stage, and shapes and dtypes of its arrays, which are those that the JSON lists."""
+    facts = _facts(path)
+    _require_regular(path)
+    stored = shielded(lambda: _stored(path))
+    _require_listed(path, facts, stored)
+    return facts, stored
+
+
+def read_arrays(path: Path, facts: dict[str, Any], stored: Tree) -> Tree:
+    """Return the arrays of a stage in the memory of the host, as they were saved; arguments as from `contents`."""
+    return shielded(lambda: _arrays(path, facts, stored))
 
 
 def _stage_path(path: str | Path) -> Path:

@@ -76,12 +76,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
       CheckpointError: it cannot be written; the file is what it was.
     """
+    with written_aside(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield another path to write a file at; once it is, all of it goes to the disk and takes the place of `path`.
+
+    Raises:
+      CheckpointError: it cannot be written; `path` is what it was, and nothing is left beside it.
+    """
     with disk_errors(f"cannot write {path}"):
         aside, file = _claim(path.parent, "")
         try:
             with file:
-                file.write(content)
-                file.flush()
+                yield aside
                 os.fsync(file.fileno())
                 os.replace(aside, path)
         except BaseException:

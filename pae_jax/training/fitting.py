@@ -191,8 +191,7 @@ def _resumed(
     ts, entry = history.end, training.state.tasks[training.task]
     if ts is None:
         raise ArgumentError("resume= needs the history of a fit that did not diverge")
-    fresh = TrainState.create(training.form.net, training.state, training.task, tx=optimizer, key=step_key, parts=parts)
-    same = ts.net is fresh.net and (ts.width, int(ts.task_id)) == (entry.width, entry.id)
+    same = ts.net is training.form.net and (ts.width, int(ts.task_id)) == (entry.width, entry.id)
     if not same:
         raise ArgumentError(f"resume= is the history of another task, width or network than {training.task!r} here")
     owner, known = flatten(training.state.owner), flatten(ts.owner)
@@ -202,6 +201,7 @@ def _resumed(
                 f"the state was pruned or packed since that fit: owners of '{path}' differ. Start a new fit without "
                 "resume=."
             )
+    fresh = ts.again(training.form.net, training.state, training.task, optimizer, step_key, parts)
     hint = "resume= goes on with the same optimizer, parts and head."
     for part in ("params", "variables", "opt_state"):
         require_match(f"history.{part}", abstract(getattr(ts, part)), abstract(getattr(fresh, part)), hint)

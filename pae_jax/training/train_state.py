@@ -16,8 +16,10 @@ from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
 from pae_jax.core import Of, Picking, Scope, State, find_trainable, flax, integrity, names, ownership, picking, pruning
 from pae_jax.errors import ArgumentError, ForgettingError, UnknownTaskError
 from pae_jax.nets import Net, Rngs, heads
+from pae_jax.training import partial_gradients
 from pae_jax.training.optimizer import transformation
 from pae_jax.training.pickling import picklable
+from pae_jax.training.places import find_all, pairs, put, take
 from pae_jax.training.variables import joined, paths, strayed, with_updates, without_empty
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
 
@@ -31,16 +33,20 @@ _STATIC = {"static": True}
 class TrainState:
     """A task in training: like Flax's `TrainState`, with the gate built in. A pytree; make it with `create`.
 
-    Task id and owners are arrays, so tasks of one width and head share the compiled step. Only entries of `params` that
-    the task owns are read: wherever parameters are passed in (`apply_fn`, `replace`, `apply_gradients`), the other
-    entries are replaced by those of this state. So averages, perturbations and trial points of an optimizer are safe.
+    Task id and owners are arrays, so tasks of one width and head, whose parameters have the same shapes, share the
+    compiled step. Only entries of `params` that the task owns are read: wherever parameters are passed in (`apply_fn`,
+    `replace`, `apply_gradients`), the other entries are replaced by those of this state. So averages, perturbations and
+    trial points of an optimizer are safe.
 
     Attributes:
       step: int32 scalar, gradients applied so far.
       params: the trained parameters: `{"shared": ..., "local": ..., "head": ...}`, and `"pick"`, the scores of older
-        weights, for a task of sharing "picked". Shared leaves of which the task owns nothing are left out.
+        weights, for a task of sharing "picked". Shared leaves of which the task owns nothing are left out. A leaf of
+        which it owns little is a block of its rows and columns, or a vector of single weights.
       opt_state: state of `tx`, over the same tree, 0 where the task owns nothing.
-      variables: all other variables of the model: `{"backbone": {collection: ...}, "head": {collection: ...}}`.
+      variables: all other variables of the model: `{"backbone": {collection: ...}, "head": {collection: ...}}`, and
+        the leaves of which only a part is in `params`.
+      places: for each of these leaves, where its parameter lies.
       owner: owner ids of all shared weights.
       task_id: int8 scalar.
       key: random key from which steps draw; None without.
@@ -69,6 +75,7 @@ class TrainState:
     params: Params
     opt_state: Any
     variables: dict[str, Tree]
+    places: Tree
     owner: Tree
     task_id: jax.Array
     key: jax.Array | None
@@ -111,6 +118,25 @@ class TrainState:
           StructureError: the state belongs to another model.
           ArgumentError: an unknown part, or `tx` is no optimizer.
         """
+        return cls._made(net, state, task, tx, key, parts, None)
+
+    def again(
+        self, net: Net, state: State, task: str, tx: Any, key: jax.Array | None, parts: Collection[str]
+    ) -> TrainState:
+        """Return what `create` does, with parameters of the shapes that they have here."""
+        return self._made(net, state, task, tx, key, parts, self.places)
+
+    @classmethod
+    def _made(
+        cls,
+        net: Net,
+        state: State,
+        task: str,
+        tx: Any,
+        key: jax.Array | None,
+        parts: Collection[str],
+        places: Tree | None,
+    ) -> TrainState:
         entry = find_trainable(state, task, "TrainState.create")
         integrity.require_own_net(net, state, [entry])
         for part in parts:
@@ -123,27 +149,32 @@ class TrainState:
         flat = traverse_util.flatten_dict(weights)
         moving = [path for path, some in zip(paths(weights), owns, strict=True) if some and "shared" in parts]
         local, head = entry.local.get(PARAMS, {}), entry.head.get(PARAMS, {})
-        everything = {"shared": traverse_util.unflatten_dict({path: flat[path] for path in moving})}
+        if places is None:
+            places = {} if picks or is_traced(own) else find_all(state.owner, entry.id, moving)
+        shared = traverse_util.unflatten_dict({path: flat[path] for path in moving})
+        everything = {"shared": take(places, weights, shared)}
         everything |= {"local": local, "head": head} | ({"pick": entry.pick} if picks else {})
         params = {part: everything[part] for part in PARTS if part in everything and part in parts}
-        still = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path not in set(moving)})
+        whole = set(moving) - set(traverse_util.flatten_dict(places))
+        still = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path not in whole})
         backbone = {**entry.local, PARAMS: joined(still, {} if "local" in params else local)}
         output = {**entry.head, PARAMS: {} if "head" in params else head}
         kept = {"backbone": backbone, "head": output} | ({} if "pick" in params or not picks else {"pick": entry.pick})
-        copied = jax.tree.map(jnp.copy, (params, kept, state.owner))
+        copied = jax.tree.map(jnp.copy, (params, kept, places, state.owner))
         made = cls(
             step=jnp.zeros((), jnp.int32),
             params=copied[0],
             opt_state=None,
             variables=copied[1],
-            owner=copied[2],
+            places=copied[2],
+            owner=copied[3],
             task_id=task_id,
             key=None if key is None else jnp.copy(check_key(key)),
             slow=None,
             net=net,
             width=entry.width,
             head_spec=entry.head_spec,
-            sharing="all" if entry.sharing == "picked" and not picks else entry.sharing,
+            sharing="all" if entry.sharing == "picked" and not picks else entry.seeing,
             picking=entry.picking if picks else None,
             tx=tx,
         )
@@ -184,7 +215,13 @@ class TrainState:
         """Do the work of `apply_fn`, with random keys for backbone and head."""
         backbone, head = self.model_variables(params)
         program, output = self.net.program(self.width), heads.program(self.head_spec)
-        features, moved = program.apply(backbone, x, train and "local" in self.params, rngs)
+        in_training = train and "local" in self.params
+        apply = lambda variables, x, rngs: program.apply(variables, x, in_training, rngs)  # noqa: E731
+        if self.places:
+            parts = {(PARAMS, *path): pair for path, pair in pairs(self.places, self._pinned(params)["shared"]).items()}
+            features, moved = partial_gradients.call(apply, backbone, parts, x, rngs)
+        else:
+            features, moved = apply(backbone, x, rngs)
         out, head_moved = output.apply(head, features, train and "head" in self.params, head_rngs)
         return out, {"backbone": moved, "head": head_moved} if train else {}
 
@@ -239,6 +276,11 @@ class TrainState:
             }
             keep = lambda new, old: new if new is old else accept(True, new, old)  # noqa: E731
             variables = jax.tree.map(keep, variables, self.variables)
+        if self.places:
+            # The forward pass makes the same leaves; as results of the step they take the memory of the donated ones.
+            backbone = variables["backbone"]
+            partial = put(self.places, backbone[PARAMS], take({}, self.params["shared"], self.places))
+            variables = {**variables, "backbone": {**backbone, PARAMS: joined(backbone[PARAMS], partial)}}
         return dataclasses.replace(
             self, step=self.step + 1, params=params, opt_state=opt_state, variables=variables, slow=slow
         )
@@ -334,10 +376,16 @@ class TrainState:
 
     def _variables(self, params: Params) -> tuple[Tree, Tree, Tree | None]:
         backbone, head = self.variables["backbone"], self.variables["head"]
-        trained = joined(params.get("shared", {}), params.get("local", {}))
+        shared = put(self.places, backbone[PARAMS], params.get("shared", {}))
+        trained = joined(shared, params.get("local", {}))
         backbone = {**backbone, PARAMS: joined(backbone[PARAMS], trained)}
         head = {**head, PARAMS: joined(head[PARAMS], params.get("head", {}))}
         return backbone, head, params.get("pick", self.variables.get("pick"))
+
+    def whole_leaves(self, shared: Tree) -> Tree:
+        """Return a tree like `params["shared"]`, such as gradients, with whole leaves: 0 where they hold nothing."""
+        zeros = jax.tree.map(lambda owner: jnp.zeros(owner.shape), take({}, self.owner, self.places))
+        return put(self.places, zeros, shared)
 
     def all_shared(self) -> Tree:
         """Return all shared weights of the task's width, trained or not."""
@@ -348,13 +396,11 @@ class TrainState:
         return traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(self.owner)})
 
     def _released(self, shared: Tree, owner: Tree) -> TrainState:
-        flat = traverse_util.flatten_dict(shared)
         if "shared" not in self.params:
             backbone = {**self.variables["backbone"]}
             backbone[PARAMS] = joined(backbone[PARAMS], shared)
             return dataclasses.replace(self, owner=owner, variables={**self.variables, "backbone": backbone})
-        mine = {path: flat[path] for path in traverse_util.flatten_dict(self.params["shared"])}
-        params = {**self.params, "shared": traverse_util.unflatten_dict(mine)}
+        params = {**self.params, "shared": take(self.places, shared, self.params["shared"])}
         after = dataclasses.replace(self, owner=owner, params=params)
         return after if self.slow is None else dataclasses.replace(after, slow=after.own(self.slow))
 
@@ -362,11 +408,10 @@ class TrainState:
         """Return masks of the task's own entries for the gated parts of the parameters."""
         masks: dict[str, Tree] = {}
         if "shared" in self.params:
-            owners = traverse_util.flatten_dict(self.owner)
-            mine = {path: owners[path] == self.task_id for path in traverse_util.flatten_dict(self.params["shared"])}
-            masks["shared"] = traverse_util.unflatten_dict(mine)
+            owner = take(self.places, self.owner, self.params["shared"])
+            masks["shared"] = jax.tree.map(lambda ids: ids == self.task_id, owner)
         if "pick" in self.params:
-            masks["pick"] = picking.older(self.owner, self.task_id)
+            masks["pick"] = (self.picking or picking.Picking()).among(self.owner, self.task_id)
         return masks
 
     def own(self, tree: Params) -> Params:

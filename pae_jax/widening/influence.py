@@ -83,7 +83,7 @@ def _moved(equation: Equation, values: list[Known]) -> list[Known]:
     name, params, first = equation.primitive.name, equation.params, values[0]
     shape = equation.outvars[0].aval.shape
     if name in _INLINED:
-        inner = _inner(equation)
+        inner = called(equation)
         if inner is None:
             return []
         found = _forwards(inner, values)
@@ -130,7 +130,7 @@ def _backwards(body: Body, known: Sequence[Known], ends: Sequence[Mark]) -> list
 def _reached(equation: Equation, known: list[Known], outs: list[Mark]) -> Sequence[Mark | None]:
     """Return the marks of the operands of one operation."""
     name = equation.primitive.name
-    inner = _inner(equation) if name in _INLINED else None
+    inner = called(equation)
     if inner is not None:
         return _backwards(inner, known, outs)
     if name == "scan":
@@ -149,8 +149,10 @@ def _reached(equation: Equation, known: list[Known], outs: list[Mark]) -> Sequen
     return [every(var) for var in equation.invars]
 
 
-def _inner(equation: Equation) -> Body | None:
-    """Return the program that an operation calls on its own operands."""
+def called(equation: Equation) -> Body | None:
+    """Return the program that an operation calls on its own operands, None for another kind of operation."""
+    if equation.primitive.name not in _INLINED:
+        return None
     found = [inner for _, inner in bodies(equation.params) if not inner.constvars or inner.consts]
     fitting = [inner for inner in found if len(inner.invars) == len(equation.invars)]
     return fitting[0] if fitting and len(fitting[0].outvars) == len(equation.outvars) else None

@@ -7,7 +7,7 @@ only this file must be changed, and `trace` raises an error that says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -116,6 +116,14 @@ def text(value: Any) -> str | None:
     if isinstance(value, ClosedJaxpr):
         return f"{value.jaxpr} {[np.asarray(const).tolist() for const in value.consts]}"
     return str(value) if isinstance(value, Jaxpr) else None
+
+
+def bind(primitive: Any, params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
+    """Apply a primitive to arrays; its results as a list."""
+    found = primitive.get_bind_params(params)
+    functions, rest = found if isinstance(found, tuple) else ((), found)  # JAX 0.10 returns parameters alone
+    results = primitive.bind(*functions, *operands, **rest)
+    return list(results) if primitive.multiple_results else [results]
 
 
 def is_traced(value: Any) -> bool:

@@ -47,6 +47,35 @@ def test_training_two_tasks_of_equal_head_size_at_one_width_traces_the_train_ste
     assert traces == [1.0, 1.0, 1.0]  # and so is another head
 
 
+def test_tasks_with_a_budget_trace_the_train_step_once_for_equal_head_and_width_or_once_per_set_of_leaves(
+    vector_module, frozen, quick_fit, traces
+):
+    """Leaves in which a task owns nothing are not differentiated, so another set of leaves is another program."""
+    net = pae.linen(vector_module, jnp.zeros((1, 4)))
+    tx, leaves = optax.adam(0.01), sorted(frozen.shared)
+
+    def scores(leaf):  # grow from position to position, in one leaf or in both
+        grow = lambda w, some: jnp.linspace(0.0, float(some), w.size).reshape(w.shape)  # noqa: E731
+        return {
+            name: jax.tree.map(lambda w, name=name: grow(w, leaf in (None, name)), frozen.shared[name])
+            for name in leaves
+        }
+
+    def life(state, task, leaf):
+        budget = {"budget": 0.05, "budget_scores": scores(leaf)}
+        state = pae.pack(net, state, task, head=2, key=jax.random.key(1), **budget)
+        owned = [name for name in leaves if (state.owner[name]["kernel"] == state.tasks[task].id).any()]
+        assert owned == (leaves if leaf is None else [leaf])
+        return pae.freeze(quick_fit(state, task, optimizer=tx, net=net, epochs=1)[0], task)
+
+    traces.clear()
+    state, counts = frozen, []
+    for number, leaf in enumerate([None, None, leaves[0], leaves[0], leaves[1], leaves[1]]):
+        state = life(state, f"t{number}", leaf)
+        counts.append(len(traces))
+    assert counts == [1, 1, 2, 2, 3, 3]
+
+
 OPTAX = {
     "exponential decay": lambda: optax.sgd(optax.exponential_decay(0.1, 3, 0.9)),
     "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),

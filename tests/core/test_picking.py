@@ -84,6 +84,8 @@ def number_of(tree):
         {"initial": math.inf},
         {"initial": None},
         {"initial": True},
+        {"own": 1},
+        {"own": True, "ternary": True},
     ],
     ids=str,
 )
@@ -439,6 +441,148 @@ def test_a_second_picked_task_traces_and_compiles_nothing_anew(
     with compilations() as found:
         quick_fit(state, "c", optimizer=make())
     assert (traces, found.count) == ([], 0)
+
+
+# Picks among the task's own weights too
+
+OWN = pae.Picking(top=0.4, own=True)
+
+
+@pytest.fixture(scope="module")
+def masked(make_picked, quick_fit):
+    """Task "b" picks among the weights of "a" and its own; scores and weights trained together."""
+    return quick_fit(make_picked(picking=OWN), "b", optimizer=with_picks(optax.adam(0.01), optax.adam(0.01)))[0]
+
+
+def test_a_task_that_picks_among_its_own_weights_sees_the_top_share_of_each_leaf(masked):
+    for path, seen in flatten(pae.masks(masked, "b")).items():
+        scores, owner = np.asarray(pick_of(masked.tasks["b"])[path]), np.asarray(flatten(masked.owner)[path])
+        assert (owner > 0).all()
+        assert int(np.asarray(seen).sum()) == round(0.4 * owner.size)
+        assert scores[np.asarray(seen)].min() >= scores[~np.asarray(seen)].max()
+
+
+def test_wsn_kang_et_al_2022_trains_scores_and_free_weights_together_and_never_an_older_weight(
+    make_picked, masked, assert_same
+):
+    before = make_picked(picking=OWN)
+    for path, owner in flatten(masked.owner).items():
+        old = np.asarray(owner) == 1
+        w, start = (np.asarray(flatten(s.shared)[path]) for s in (masked, before))
+        np.testing.assert_array_equal(w[old], start[old])
+        moved = np.asarray(pick_of(masked.tasks["b"])[path]) != np.asarray(pick_of(before.tasks["b"])[path])
+        assert (w[~old] != start[~old]).mean() > 0.3
+        assert moved[old].mean() > 0.5 and moved[~old].mean() > 0.3
+    assert_same(masked.tasks["a"].local, before.tasks["a"].local)
+
+
+def test_wsn_kang_et_al_2022_passes_the_gradient_of_a_masked_weight_to_its_score_and_if_picked_and_own_to_it(
+    make_picked, quick_fit, vector_module, data
+):
+    """One step of rate 1 in evaluation mode writes both gradients; scores of hidden weights learn too."""
+    state, (x, y) = make_picked(picking=OWN), (data[0][:8], data[1][:8])
+    entry = state.tasks["b"]
+    trained, _ = quick_fit(state, "b", [(x, y)], epochs=1, parts=("shared", "pick"), optimizer=optax.sgd(1.0))
+    masks = pae.masks(state, "b")
+    used = jax.tree.map(lambda w, m: jnp.where(m, w, 0.0), state.shared, masks)
+
+    def loss(weights):
+        logits = logits_by_hand(vector_module(), entry, weights, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    gradient, seen = flatten(jax.grad(loss)(used)), flatten(masks)
+    for path, before in pick_of(entry).items():
+        w, owner = (np.asarray(flatten(tree)[path]) for tree in (state.shared, state.owner))
+        moved = np.asarray(before) - np.asarray(pick_of(trained.tasks["b"])[path])
+        np.testing.assert_allclose(moved, gradient[path] * w, atol=2e-7)
+        assert np.abs(moved[~np.asarray(seen[path])]).max() > 1e-4
+        step = w - np.asarray(flatten(trained.shared)[path])
+        np.testing.assert_allclose(step, np.where((owner == 2) & seen[path], gradient[path], 0.0), atol=2e-7)
+
+
+def test_freeze_releases_own_weights_that_are_not_picked_and_the_task_computes_the_same(net, masked, data, assert_same):
+    seen, frozen = flatten(pae.masks(masked, "b")), pae.freeze(masked, "b")
+    for path, owner in flatten(frozen.owner).items():
+        before = np.asarray(flatten(masked.owner)[path])
+        expected = np.where((before == 2) & ~np.asarray(seen[path]), 0, before)
+        np.testing.assert_array_equal(owner, expected)
+        assert not np.asarray(flatten(frozen.shared)[path])[expected == 0].any()
+    assert_same(pae.masks(frozen, "b"), pae.masks(masked, "b"))
+    assert_same(pae.predict(net, frozen, "b", data[0]), pae.predict(net, masked, "b", data[0]))
+    assert 0.0 < pae.free_fraction(frozen) < 0.5
+    pae.check(frozen, net)
+    pae.verify(frozen)
+
+
+def test_a_hidden_own_weight_takes_part_in_no_forward_pass_by_any_road(net, masked, edit_leaf, data, assert_same):
+    changed = masked
+    for path, seen in flatten(pae.masks(masked, "b")).items():
+        hidden = (np.asarray(flatten(masked.owner)[path]) == 2) & ~np.asarray(seen)
+        assert hidden.any()
+        changed = changed.replace(shared=edit_leaf(changed.shared, path, lambda w, h=hidden: np.where(h, 7.0, w)))
+    for state in (masked, changed):
+        module, variables = pae.as_flax(net, state, "b")
+        for found in (module.apply(variables, data[0], train=False), pae.predict(net, state, "b", data[0])):
+            np.testing.assert_allclose(found, pae.predict(net, masked, "b", data[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_any_trainer_gets_hidden_own_weights_as_0_and_may_not_train_them(net, masked, assert_same):
+    variables = pae.task_variables(net, masked, "b")
+    params = {part: variables[part]["params"] for part in ("backbone", "head")}
+    tx = optax.chain(optax.sgd(1.0), pae.gate(net, masked, "b"))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    gated = {part: {**variables[part], "params": moved[part]} for part in params}
+    state = pae.commit(net, masked, "b", gated)
+    for path, seen in flatten(pae.masks(masked, "b")).items():
+        before, after = (np.asarray(flatten(s.shared)[path]) for s in (masked, state))
+        mine = (np.asarray(flatten(masked.owner)[path]) == 2) & np.asarray(seen)
+        np.testing.assert_allclose(after[mine], before[mine] - 1, rtol=1e-6)
+        np.testing.assert_array_equal(after[~mine], before[~mine])
+    assert_same(state.owner, masked.owner)
+    free = jax.tree.map(lambda w: w - 1, params)
+    with pytest.raises(pae.ForgettingError, match="that it does not own have changed"):
+        pae.commit(net, masked, "b", {part: {**variables[part], "params": free[part]} for part in free})
+
+
+def test_the_first_task_picks_among_its_own_weights_and_is_stored_in_every_phase(
+    net, empty, quick_fit, data, tmp_path, assert_same
+):
+    state = pae.pack(net, empty, "a", head=2, key=jax.random.key(1), sharing="picked", picking=OWN)
+    trained, _ = quick_fit(state, "a", optimizer=with_picks(optax.adam(0.01), optax.adam(0.01)))
+    frozen = pae.freeze(trained, "a")
+    assert frozen.tasks["a"].pick is None
+    assert pae.free_fraction(frozen) == pytest.approx(0.6, abs=0.02)
+    for name, one in {"trained": trained, "frozen": frozen}.items():
+        pae.check(one, net)
+        pae.save(tmp_path / name, one)
+        again = pae.load(net, tmp_path / name)
+        assert_same((again.shared, again.owner, again.tasks["a"].pick), (one.shared, one.owner, one.tasks["a"].pick))
+        assert_same(pae.predict(net, again, "a", data[0]), pae.predict(net, one, "a", data[0]))
+    pae.verify(frozen)
+    later = pae.pack(net, frozen, "b", head=2, key=jax.random.key(2), sharing="picked", picking=OWN)
+    assert_same(pae.predict(net, pae.freeze(later, "b"), "a", data[0]), pae.predict(net, frozen, "a", data[0]))
+
+
+def test_a_bundle_of_tasks_that_picked_among_their_own_weights_comes_back(net, masked, data, tmp_path, assert_same):
+    frozen = pae.freeze(masked, "b")
+    pae.write_bundle(tmp_path / "all.safetensors", net, frozen)
+    again = pae.read_bundle(net, tmp_path / "all.safetensors")
+    for task in "ab":
+        assert_same(pae.predict(net, again, task, data[0]), pae.predict(net, frozen, task, data[0]))
+
+
+@pytest.mark.parametrize("rule", [pae.Picking(), pae.Picking(top=0.5), OWN], ids=["threshold", "top", "own"])
+def test_picks_may_start_from_the_weights_of_an_older_task(net, masked, make_picked, rule):
+    frozen = pae.freeze(masked, "b")
+    state = make_picked(frozen, "c", picking=rule, picks_from="b")
+    for path, seen in flatten(pae.masks(frozen, "b")).items():
+        scores, seen = np.asarray(pick_of(state.tasks["c"])[path]), np.asarray(seen)
+        assert scores[seen].min() > scores[~seen].max()
+    with pytest.raises(pae.UnknownTaskError):
+        make_picked(frozen, "c", picks_from="z")
+    with pytest.raises(pae.ArgumentError, match="picks_from needs sharing='picked' and goes without ternary"):
+        make_picked(frozen, "c", picks_from="b", picking=TERNARY)
 
 
 # freeze, verify, check

@@ -306,6 +306,23 @@ def test_misses_in_a_row_end_the_ladder_and_the_best_rung_before_them_is_kept(le
     assert outcome.pruned == pytest.approx(0.3, abs=0.02)
 
 
+def test_a_hopeless_rung_ends_early_and_counts_as_a_miss(learn, empty):
+    """The metric is the share of weights in use, so no epoch changes it; at 0.3 freed the goal of 0.75 is lost."""
+    left = measured_by(lambda state: 1 - pae.free_fraction(state))
+    ladder = Ladder((0.2, 0.3, 0.4), Phase(3, Rate(0.0)), ramp=1.0, gain=0.02, misses=2)
+    recipe = dataclasses.replace(IDLE, goal=0.75, ladder=ladder, batch_size=8)
+    outcome = learn(empty, make_task(metric=left), recipe)
+    assert [len(record.history) for record in outcome.records] == [0, 3, 1, 1]
+    assert outcome.pruned == pytest.approx(0.2, abs=0.02)
+    whole = learn(
+        empty, make_task(metric=left), dataclasses.replace(recipe, ladder=dataclasses.replace(ladder, gain=None))
+    )
+    assert [len(record.history) for record in whole.records] == [0, 3, 3, 3]
+    assert whole.pruned == outcome.pruned
+    missed = learn(empty, make_task(metric=left), dataclasses.replace(recipe, goal=1.5), upcoming=1)
+    assert all(len(record.history) == 3 for record in missed.records[1:])  # the best rung is wanted, goal or not
+
+
 def test_a_rung_starts_from_the_rung_below_it_and_not_from_the_one_that_is_best(learn, empty):
     """Own weights fall from rung to rung although the first rung is the best."""
     ladder = Ladder((0.2, 0.4, 0.6), NONE, ramp=0.0, choose="best_accuracy")
@@ -608,6 +625,113 @@ def test_supsup_wortsman_et_al_2020_learns_masks_of_random_weights_that_never_ch
     pae.verify(state)
 
 
+def subnetworks(recipe, epochs=3):
+    """A published recipe of subnetworks, short and fast enough for a few examples."""
+
+    def short(phase):
+        picks = None if phase.pick_rate is None else Rate(0.03)
+        return dataclasses.replace(phase, epochs=epochs, rate=Rate(0.03), pick_rate=picks)
+
+    first = None if recipe.head_first is None else short(recipe.head_first)
+    return dataclasses.replace(recipe, train=short(recipe.train), head_first=first, batch_size=8)
+
+
+def uses(state, task):
+    """Return per leaf which weights a task sees, and the owners, on the host."""
+    pairs = zip(jax.tree.leaves(pae.masks(state, task)), jax.tree.leaves(state.owner), strict=True)
+    return [(np.asarray(seen), np.asarray(owner)) for seen, owner in pairs]
+
+
+@pytest.mark.parametrize("make", [pae.recipes.wsn, pae.recipes.exssnet], ids=["wsn", "exssnet"])
+def test_wsn_kang_et_al_2022_and_exssnet_yadav_bansal_2023_use_the_top_share_of_each_leaf_and_own_its_unused_part(
+    net, learn_all, make, bits
+):
+    """Older weights are used again and never changed, so no task forgets; free is what no task uses."""
+    tasks = [make_task(name, seed) for seed, name in enumerate("abc")]
+    stream = learn_all(tasks, subnetworks(make(0.4)))
+    state, used = stream.state, None
+    for task in "abc":
+        masks = uses(state, task)
+        used = [np.zeros_like(seen) for seen, _ in masks] if used is None else used
+        number = state.tasks[task].id
+        for position, (seen, owner) in enumerate(masks):
+            assert int(seen.sum()) == round(0.4 * seen.size)
+            np.testing.assert_array_equal(owner == number, seen & ~used[position])
+            used[position] = used[position] | seen
+    for position, (_, owner) in enumerate(uses(state, "c")):
+        np.testing.assert_array_equal(owner > 0, used[position])
+    reused = sum(int((seen & (owner < 3)).sum()) for seen, owner in uses(state, "c"))
+    assert reused > 0 and pae.free_fraction(state) > 0
+    assert stream.matrix.forgetting() == 0.0
+    first = learn_all(tasks[:1], subnetworks(make(0.4))).state
+    assert bits(pae.predict(net, first, "a", tasks[0].test[0])) == bits(pae.predict(net, state, "a", tasks[0].test[0]))
+    pae.verify(state)
+    pae.check(state, net)
+
+
+def test_exssnet_yadav_bansal_2023_finds_the_mask_on_random_weights_and_then_trains_those_of_no_older_task(
+    net, learn_all, learn
+):
+    recipe = subnetworks(pae.recipes.exssnet(0.4))
+    first = learn_all([make_task("a", 0)], recipe).state
+    mask_only = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=0))
+    masked, trained = (learn(first, make_task("b", 1), one).state for one in (mask_only, recipe))
+    packed = pae.pack(net, first, "b", head=2, key=KEY, weight_init="fresh")
+    drawn = {float(w) for leaf in jax.tree.leaves(first.shared) for w in np.asarray(leaf).ravel()}
+    moved = 0
+    for (seen, owner), (again, _), before, after in zip(
+        uses(masked, "b"), uses(trained, "b"), *(jax.tree.leaves(s.shared) for s in (masked, trained)), strict=True
+    ):
+        np.testing.assert_array_equal(seen, again)  # the second phase does not train the scores
+        before, after = np.asarray(before), np.asarray(after)
+        np.testing.assert_array_equal(before[owner != 2], after[owner != 2])
+        moved += int((before != after)[owner == 2].sum())
+    assert moved > 10
+    assert pae.free_fraction(packed) == 0.0 and len(drawn) > 10
+
+
+def test_wsn_goes_on_with_older_weights_alone_where_no_weight_is_free(learn, full):
+    outcome = learn(full, make_task("d"), subnetworks(pae.recipes.wsn(0.4)))
+    assert (outcome.status, outcome.records[0].weights) == (pae.Status.LEARNED, 0)
+    assert all(int(seen.sum()) == round(0.4 * seen.size) for seen, _ in uses(outcome.state, "d"))
+
+
+def test_a_run_of_subnetworks_is_resumed_with_the_same_bits(net, learn_all, state_facts, tmp_path):
+    tasks, recipe = [make_task("a", 0), make_task("b", 1)], subnetworks(pae.recipes.exssnet(0.4), 1)
+    whole = learn_all(tasks, recipe, run=pae.Run(tmp_path / "run")).state
+    again = learn_all(tasks, recipe, run=pae.Run(tmp_path / "run")).state
+    assert state_facts(again) == state_facts(whole)
+    assert pae.free_fraction(whole) > 0
+    alone = pae.baseline(net, tasks[0], recipe, key=KEY)  # an own network has no picks to train first
+    assert 0.0 <= alone <= 1.0
+
+
+@pytest.mark.parametrize("by", ["gradient", "key"])
+def test_with_a_budget_a_task_owns_its_share_and_learns(net, learn, frozen, by):
+    recipe = dataclasses.replace(PLAIN, budget=0.1, budget_by=by)
+    state = learn(frozen, make_task("b"), recipe).state
+    assert sum(int((owner == 2).sum()) for _, owner in uses(state, "b")) == 8
+    trials = {
+        way: learn(frozen, make_task("b"), dataclasses.replace(recipe, budget_by=way)) for way in ("gradient", "key")
+    }
+    owners = [np.concatenate([owner.ravel() for _, owner in uses(one.state, "b")]) for one in trials.values()]
+    assert (owners[0] != owners[1]).any()
+
+
+def test_the_gradient_of_a_budget_is_that_of_the_tasks_own_first_batches(net, learn, frozen, monkeypatch):
+    found = []
+    scores_of = one_task.scores_of
+    monkeypatch.setattr(one_task, "scores_of", lambda *a: found.append(scores_of(*a)) or found[-1])
+    state = learn(frozen, make_task("b"), dataclasses.replace(PLAIN, budget=0.1)).state
+    claimed = [
+        np.asarray(s)[owner == 2] for s, (_, owner) in zip(jax.tree.leaves(found[0]), uses(state, "b"), strict=True)
+    ]
+    left = [
+        np.asarray(s)[owner == 0] for s, (_, owner) in zip(jax.tree.leaves(found[0]), uses(state, "b"), strict=True)
+    ]
+    assert np.concatenate(claimed).min() >= np.concatenate(left).max()
+
+
 def test_a_run_in_memory_and_a_run_in_a_folder_are_the_same(learn_all, state_facts, tmp_path):
     tasks = [make_task("a", 0), make_task("b", 1)]
     recipe = Recipe("pae", QUICK, 8, QUICK, STEPS, QUICK, goal="baseline", expansion=Expansion(0.5, 1.5))
@@ -790,6 +914,56 @@ def test_a_stream_may_be_made_task_by_task_and_keeps_no_older_training_data(lear
     assert max(tasks.alive) <= 1  # that of the task before
 
 
+def test_the_order_of_a_stream_is_given_by_names_or_drawn_by_a_key_and_recorded(learn_all, state_facts, tmp_path):
+    tasks = [make_task(name, seed) for seed, name in enumerate("abcd")]
+    idle = Recipe("idle", NONE, allow_empty=True)
+    run = pae.Run(tmp_path / "run")
+    stream = learn_all(tasks, idle, order=["c", "a", "d", "b"], run=run)
+    assert [one.task for one in stream.outcomes] == ["c", "a", "d", "b"]
+    by_hand = learn_all([tasks[2], tasks[0], tasks[3], tasks[1]], idle)
+    assert state_facts(by_hand.state) == state_facts(stream.state)
+    learn_all(tasks, idle, order=["c", "a", "d", "b"], run=run)
+    for other in (None, ["a", "b", "c", "d"], jax.random.key(0)):
+        with pytest.raises(pae.CheckpointError, match=r"the order of tasks was \[2, 0, 3, 1\] .* and is now"):
+            learn_all(tasks, idle, order=other, run=run)
+    orders = [
+        [one.task for one in learn_all(tasks, idle, order=jax.random.key(seed)).outcomes] for seed in (0, 0, 1, 2)
+    ]
+    plain = pae.Run(tmp_path / "plain")
+    learn_all(tasks, idle, run=plain)
+    learn_all(tasks, idle, run=plain, order=["a", "b", "c", "d"])
+    with pytest.raises(
+        pae.CheckpointError, match=r"the order of tasks was \[0, 1, 2, 3\] .* and is now \[3, 2, 1, 0\]"
+    ):
+        learn_all(tasks, idle, run=plain, order=["d", "c", "b", "a"])
+    assert orders[0] == orders[1] and len({*map(tuple, orders)}) > 1
+    assert all(sorted(order) == ["a", "b", "c", "d"] for order in orders)
+
+
+def test_tasks_that_are_made_on_access_are_drawn_in_the_order_of_a_list(learn_all):
+    tasks = [make_task(name, seed) for seed, name in enumerate("abcd")]
+
+    class Made:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return tasks[index]
+
+    idle, key = Recipe("idle", NONE, allow_empty=True), jax.random.key(2)
+    found = [[one.task for one in learn_all(of, idle, order=key).outcomes] for of in (tasks, Made())]
+    assert found[0] == found[1] != ["a", "b", "c", "d"]
+    with pytest.raises(pae.ArgumentError, match="order by name needs a list of tasks"):
+        learn_all(Made(), idle, order=["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("order", [["a"], ["a", "b", "b"], ["a", "c"], "ab", 3, [1, 0], ["a", "b", "c"]], ids=str)
+def test_an_order_that_is_none_of_the_tasks_is_refused_before_anything_is_written(learn_all, order, tmp_path):
+    with pytest.raises(pae.ArgumentError, match=r"^order must"):
+        learn_all([make_task("a"), make_task("b", 1)], PLAIN, order=order, run=pae.Run(tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_a_stream_keeps_one_network(learn_all):
     stream = learn_all([make_task("a"), make_task("b", 1)], ONE_SHOT)
     assert all(outcome.state is stream.state for outcome in stream.outcomes)
@@ -863,6 +1037,15 @@ CHOOSES = dataclasses.replace(PLAIN, ladder=STEPS, goal=0.5)
 WAITS = dataclasses.replace(PLAIN, train=Phase(2, Rate(0.1), plateau=pae.Plateau()))
 BATCHES = [(make_task().train[0][:8], make_task().train[1][:8])]
 BAD_CALLS = {
+    "nearest neighbours of labels that are no classes": (
+        pae.ArgumentError,
+        {
+            "task": make_task(
+                "b", train=(np.zeros((8, 4), np.float32), np.zeros(8, np.float32)), loss=lambda o, y: o[:, 0] - y
+            ),
+            "recipe": Recipe("near", QUICK, 8, sharing="picked", picks_from="nearest"),
+        },
+    ),
     "no validation data for a goal": (pae.ArgumentError, {"task": make_task("b", val=None), "recipe": CHOOSES}),
     "no validation data for a given goal": (pae.ArgumentError, {"task": make_task("b", val=None), "goal": 0.5}),
     "no validation data for a plateau": (pae.ArgumentError, {"task": make_task("b", val=None), "recipe": WAITS}),

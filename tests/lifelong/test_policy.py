@@ -369,3 +369,44 @@ def test_an_outcome_says_what_was_tried(frozen):
         "  stage 0            size ratio 1, pruned 0.000: validation 0.9000",
         "  0-pruned-0.500     size ratio 1, pruned 0.000: diverged",
     ]
+
+
+# Rungs without hope
+
+
+def rows(*values, name="val_accuracy"):
+    return [{"epoch": number, name: value} for number, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.5,), False),  # 3 epochs left: 0.5 + 0.3 reaches 0.8
+        ((0.49,), True),
+        ((0.7, 0.6), False),  # the best epoch counts, not the last
+        ((0.5, 0.59), True),
+        ((0.5, 0.6, 0.69), True),
+        ((0.5, 0.6, 0.7), False),
+        ((0.1, 0.2, 0.3, 0.9), False),
+        ((0.1, 0.2, 0.3, 0.79), True),
+    ],
+)
+def test_a_rung_is_hopeless_once_its_goal_is_further_away_than_the_epochs_left_times_the_gain(values, expected):
+    steps = Ladder(TENTHS, Phase(4, Rate(0.1)), ramp=0.0, gain=0.1)
+    goal = policy.Goal(pae.Metric(), 0.8)
+    assert policy.hopeless(steps, goal, rows(*values)) == expected
+    assert policy.hopeless(steps, goal, rows(*values, name="score")) == expected
+    assert not policy.hopeless(dataclasses.replace(steps, gain=None), goal, rows(*values))
+    assert not policy.hopeless(steps, policy.Goal(pae.Metric()), rows(*values))
+    assert not policy.hopeless(steps, policy.Goal(pae.Metric(), 0.8, tolerance=0.4), rows(*values))
+    errors = rows(*(1 - value for value in values))  # of an error the goal is 0.2, and its score is negative
+    scores = [{"epoch": row["epoch"], "score": -row["val_accuracy"]} for row in errors]
+    assert policy.hopeless(steps, policy.Goal(ERROR, 0.2), scores) == expected
+
+
+def test_epochs_before_the_whole_fraction_is_freed_say_nothing_about_hope():
+    steps = Ladder(TENTHS, Phase(4, Rate(0.1)), ramp=2.0, gain=0.1)
+    goal = policy.Goal(pae.Metric(), 0.8)
+    assert not policy.hopeless(steps, goal, rows(0.0))
+    assert policy.hopeless(steps, goal, rows(0.9, 0.5))  # the first epoch had more weights than the rung
+    assert not policy.hopeless(steps, goal, rows(0.0, 0.6))

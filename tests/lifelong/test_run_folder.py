@@ -113,6 +113,7 @@ def test_a_run_has_a_folder_per_task_and_files_of_records(finished):
         "baseline-age",
         folder_name("baseline-", "gender: m/f"),
         "events.jsonl",
+        "order.json",
         "stages.csv",
     ]
     assert sorted(entry.name for entry in (path / "01-age").iterdir()) == ["frozen", "records.json", "settings.json"]
@@ -458,6 +459,18 @@ def test_damaged_accuracies_are_named_and_measured_again_once_they_are_removed(l
             call()
     path.unlink()
     np.testing.assert_array_equal(learn_all(copied).matrix.values, finished[1].matrix.values)
+
+
+def test_a_damaged_order_is_named_and_recorded_again_once_it_is_removed(learn_all, copied):
+    path = copied / "order.json"
+    whole = path.read_text()
+    for damaged in (whole.replace("age", "aged"), whole.replace("1", "2"), whole[:-9], "", "{}"):
+        path.write_text(damaged)
+        with pytest.raises(pae.CheckpointError, match=r"order.json.*Remove .*order.json; it only says in which order"):
+            learn_all(copied)
+    path.unlink()
+    learn_all(copied)
+    assert json.loads(path.read_text())["streams"] == [{"tasks": ["age", "gender: m/f"], "order": [0, 1]}]
 
 
 def test_lost_events_are_logged_again_and_only_they(learn_all, copied):

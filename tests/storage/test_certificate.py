@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import pae_jax as pae
-from pae_jax.storage.bundle_parts import with_digests
+from pae_jax.storage.bundle import with_digests
 
 TIME = datetime(2026, 1, 2, tzinfo=UTC)
 

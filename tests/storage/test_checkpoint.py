@@ -444,14 +444,14 @@ def test_a_stage_of_the_second_schema_keeps_its_picks_and_its_expansion(
 def test_a_network_of_an_older_schema_goes_on_and_is_saved_in_the_present_one(
     net, frozen, quick_fit, tmp_path, state_facts, bits
 ):
-    """The backbone's local variables are not known any more; a new task draws its own."""
+    """The backbone's local variables are not known any more; a new task says what it starts from."""
     save_as(tmp_path / "old", frozen, 2)
     state = pae.load(net, tmp_path / "old")
     state = pae.expand(net, state, width=1.5, key=jax.random.key(3))
     assert state.local is None
-    state = pae.pack(net, state, "b", head=2, key=jax.random.key(4))
-    fresh = pae.pack(net, state.replace(tasks={"a": state.tasks["a"]}), "b", head=2, key=jax.random.key(4), **FRESH)
-    assert bits(state.tasks["b"].local) == bits(fresh.tasks["b"].local)
+    with pytest.raises(pae.ArgumentError, match=r"local_init='backbone'.*local_init='a', or draw them"):
+        pae.pack(net, state, "b", head=2, key=jax.random.key(4))
+    state = pae.pack(net, state, "b", head=2, key=jax.random.key(4), local_init="fresh")
     state = pae.freeze(pae.prune(quick_fit(state, "b")[0], "b", 0.5), "b")
     pae.save(tmp_path / "new", state)
     assert pae.read_metadata(tmp_path / "new")["schema_version"] == 3
@@ -459,9 +459,6 @@ def test_a_network_of_an_older_schema_goes_on_and_is_saved_in_the_present_one(
     assert state_facts(loaded) == state_facts(state)
     pae.check(loaded, net)
     pae.verify(loaded)
-
-
-FRESH = {"local_init": "fresh", "allow_empty": True}
 
 
 # What is saved can be loaded

@@ -24,10 +24,11 @@ class Network:
 
     apply: Callable[..., Any]
     shapes: Any
+    compiler_options = FAST_COMPILE
 
     @functools.cached_property
     def _compiled(self):
-        return jax.jit(self.apply, compiler_options=FAST_COMPILE)
+        return jax.jit(self.apply, compiler_options=self.compiler_options)
 
     def __call__(self, variables, *inputs):
         return self._compiled(variables, *inputs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pae_jax.trees import flatten
-from pae_jax.widening import find_influence, trace
+from pae_jax.widening import find_cuts, find_influence, trace
 
 ARCHITECTURES = {}
 
@@ -46,6 +46,29 @@ def test_entries_without_influence_may_have_any_values_all_at_once(name, linen):
     drawn = pruned | {path: np.where(marks[path], pruned[path], values[path]) for path in weights}
     drawn, pruned = (jax.tree.unflatten(jax.tree.structure(network.shapes), list(v.values())) for v in (drawn, pruned))
     jax.tree.map(np.testing.assert_array_equal, network(drawn, x), network(pruned, x))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_the_channels_that_it_does_not_use_a_network_computes_the_same(name, linen, random_variables):
+    """A third of the output and of the input channels of every weight is 0, as after structured pruning."""
+    model, shape, widths, dtype, tolerance = ARCHITECTURES[name]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 7, shape) if dtype is int else rng.normal(size=shape), dtype)
+    network = linen(model(widths[0]), x)
+
+    def pruned(leaf):
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        kept = (rng.random(leaf.shape[-1]) > 0.33) & (rng.random(leaf.shape[-2]) > 0.33)[:, None]
+        return leaf * jnp.asarray(kept.reshape((1,) * (leaf.ndim - 2) + kept.shape), leaf.dtype)
+
+    variables = jax.tree.map(pruned, random_variables(network.shapes))
+    larger = jax.ShapeDtypeStruct((shape[0] + 1, *shape[1:]), x.dtype)
+    cuts = find_cuts(network.apply, variables, [x, larger])
+    small = jax.jit(cuts.apply, compiler_options=network.compiler_options)(cuts.take(variables), x)
+    for wanted, found in zip(jax.tree.leaves(network(variables, x)), jax.tree.leaves(small), strict=True):
+        wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(np.abs(wanted).max(), 1e-30))
 
 
 def norm(x):

@@ -47,7 +47,7 @@ def chosen(state: State, tasks: Any, after: str | None) -> tuple[list[str], int]
 
 
 def restricted(state: State, tasks: Sequence[str]) -> State:
-    """Return the state of some tasks alone, at the width of the last, ids closed up, other weights free and 0.
+    """Return the state of some tasks alone, at the width of the last, ids closed up, other weights free.
 
     A weight that a chosen task uses but does not own goes to the first chosen task that uses it. If a later task would
     then see what it did not see before, it picks what it saw. Tasks that come out as they were keep their digests.
@@ -60,9 +60,16 @@ def restricted(state: State, tasks: Sequence[str]) -> State:
       StructureError: a task would compute with other weights; checked bit for bit, but for the sign of zeros.
     """
     cut = _at_last_width(state, tasks)
-    if list(tasks) == names(state)[: len(tasks)]:
-        return _renewed(cut, ownership.select(_upto(cut.owner, len(tasks)), cut.shared))
-    return _merged(state, cut)
+    if list(tasks) != names(state)[: len(tasks)]:
+        return _merged(state, cut)
+    if len(tasks) == len(state.tasks):
+        return cut
+    return cut.replace(owner=ownership.select(_upto(cut.owner, len(tasks)), cut.owner))
+
+
+def cleaned(state: State) -> State:
+    """Return the state with every weight that no task owns 0."""
+    return state.replace(shared=ownership.select(_upto(state.owner, len(state.tasks)), state.shared))
 
 
 def _at_last_width(state: State, tasks: Sequence[str]) -> State:
@@ -76,12 +83,6 @@ def _at_last_width(state: State, tasks: Sequence[str]) -> State:
 
 def _upto(owner: Tree, last: int) -> Tree:
     return jax.tree.map(lambda o: (o > 0) & (o <= last), owner)
-
-
-def _renewed(state: State, shared: Tree) -> State:
-    """Return a state of tasks 1..n of which only the weights of these tasks are left."""
-    owner = ownership.select(_upto(state.owner, len(state.tasks)), state.owner)
-    return state.replace(shared=shared, owner=owner)
 
 
 class _Leaf(NamedTuple):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from pae_jax.core import Growth, Picking, State, TaskState, integrity, layout_of
 from pae_jax.storage import checkpoint, files, stage
-from pae_jax.storage.bundle import open_bundle
-from pae_jax.storage.bundle_reading import Placeholder, understood
+from pae_jax.storage.bundle.assembling import Placeholder, understood
+from pae_jax.storage.bundle.reading import open_bundle
 from pae_jax.trees import Tree
 from pae_jax.widening import WidenMaps
 
@@ -29,8 +29,8 @@ def open_any(path: str | Path, onto: State | None = None) -> tuple[dict[str, Any
 
 @understood()
 def _open_stage(path: Path) -> tuple[dict[str, Any], State]:
-    info = checkpoint.read_metadata(path)
-    arrays, tasks = _checked_arrays(path, info), {}
+    info, stored = checkpoint.contents(path)
+    arrays, tasks = jax.tree.map(jnp.asarray, checkpoint.read_arrays(path, info, stored)), {}
     for entry in info["tasks"]:
         tasks[entry["name"]] = _task(entry, arrays["shared"], arrays.get("tasks", {}).get(str(entry["id"]), {}))
     local = arrays.get("local", {}) if info.get("backbone_local", info.get("pretrained_local")) else None
@@ -46,14 +46,6 @@ def _open_stage(path: Path) -> tuple[dict[str, Any], State]:
     state = stage.join(state, info, arrays)
     integrity.check(state)
     return info, state
-
-
-def _checked_arrays(path: Path, info: dict[str, Any]) -> Tree:
-    """Return the arrays of a stage, each of which is what was saved."""
-    checkpoint._require_regular(path)
-    stored = checkpoint._stored(path)
-    checkpoint._require_listed(path, info, stored)
-    return jax.tree.map(jnp.asarray, checkpoint._arrays(path, info, stored))
 
 
 def _task(entry: dict[str, Any], shared: Tree, parts: dict[str, Tree]) -> TaskState:

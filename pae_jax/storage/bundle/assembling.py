@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ import numpy as np
 
 from pae_jax.core import Growth, Picking, State, TaskState, integrity, layout_of, names, ownership
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
-from pae_jax.storage import bundle_file, coding
-from pae_jax.storage.bundle_parts import Places, by_dtype, growth_digest, laid_out, older_places, places, task_digest
-from pae_jax.storage.bundle_tasks import restricted
-from pae_jax.storage.bundle_values import Stored, groups, restore, scaled, stored_dtype
+from pae_jax.large_arrays import in_threads, place
+from pae_jax.storage.bundle import coding, file
+from pae_jax.storage.bundle.parts import Places, by_dtype, growth_digest, laid_out, older_places, places, task_digest
+from pae_jax.storage.bundle.tasks import cleaned, restricted
+from pae_jax.storage.bundle.values import Stored, groups, restore, scaled, stored_dtype
 from pae_jax.trees import Tree, flatten
 from pae_jax.widening import WidenMaps
 
@@ -94,7 +95,6 @@ def assembled(header: Mapping[str, Any], tensors: Tensors, onto: State | None, s
     for entry in header["tasks"]:
         parts = local[float(entry["width"])], variables[entry["name"]]
         state = _with_task(state, entry, header, tensors, parts, specs[entry["name"]])
-    integrity.check(state)
     _require_digests(header, state, base)
     return state
 
@@ -110,7 +110,6 @@ def _base(header: Mapping[str, Any], onto: State | None) -> State | None:
     if onto is None:
         raise ArgumentError(f"the bundle only adds to a state with the tasks {tasks}; pass that state as onto=")
     integrity.check(onto)
-    integrity.verify(onto)
     found = names(onto)
     if found != tasks:
         pair = next(pair for pair in itertools.zip_longest(tasks, found) if pair[0] != pair[1])
@@ -118,7 +117,7 @@ def _base(header: Mapping[str, Any], onto: State | None) -> State | None:
             f"the bundle adds to tasks {tasks}, the state has {found}: task {pair[0] or pair[1]!r} differs"
         )
     _require_base_tasks(wanted, onto)
-    base = restricted(onto, tasks)
+    base = cleaned(restricted(onto, tasks))
     if [growth_digest(growth) for growth in base.growth] != wanted["growth"]:
         raise CheckpointError("the state was widened otherwise than the one that the bundle adds to")
     return base
@@ -177,41 +176,53 @@ def _weights(
 ) -> tuple[Tree, Tree]:
     """Return owners and weights of the whole bundle."""
     counts = [np.asarray(header["owners"][path]) for path in spots]
-    symbols = coding.decode(tensors["owners"], [place.size for place in spots.values()], counts)
-    old = [{}, {}] if known is None else [flatten(tree) for tree in known]
-    ids, weights, leaves = [], [], flatten(shared)
-    for (path, place), new in zip(spots.items(), symbols, strict=True):
-        leaf = leaves[path]
-        dtype = np.dtype(leaf.dtype)
-        value = np.zeros(math.prod(leaf.shape), dtype) if known is None else np.array(old[0][path]).reshape(-1)
-        owner = np.zeros(value.size, np.int8) if known is None else np.array(old[1][path]).reshape(-1)
-        inside = new > 0
-        positions, own = place.positions(inside), new[inside].astype(np.int8) + np.int8(have)
-        owner[positions] = own
-        group = groups(place.shape, positions, own) if scaled(dtype, header["weights"]) else None
-        value[positions] = restore(_stored(path, header["weights"], tensors, dtype, group), group, dtype)
-        ids.append(_array(owner.reshape(leaf.shape), path))
-        weights.append(_array(value.reshape(leaf.shape), path))
+    symbols = coding.decode(tensors["owners"], [spot.size for spot in spots.values()], counts)
+    old, kernels = [{}, {}] if known is None else [flatten(tree) for tree in known], flatten(shared)
+
+    def leaf(path: str, spot: Places, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        dtype, shape = np.dtype(kernels[path].dtype), kernels[path].shape
+        weights, owner = _zeros(math.prod(shape), dtype), new.view(np.int8)
+        if known is not None:
+            weights[:] = np.asarray(old[0][path]).reshape(-1)
+            owner = np.where(owner > 0, owner + np.int8(have), np.int8(0))
+            owner = spot.scatter(np.asarray(old[1][path]).reshape(-1), owner)
+        group = groups(shape, owner, have) if scaled(dtype, header["weights"]) else None
+        stored = _stored(path, header["weights"], tensors, dtype, group)
+        place(weights, lambda block: owner[block] > have, restore(stored, group, dtype))
+        return owner.reshape(shape), weights.reshape(shape)
+
+    work = [lambda item=item: leaf(*item) for item in zip(spots, spots.values(), symbols, strict=True)]
+    leaves = in_threads(work, [spot.size for spot in spots.values()])
     tree = jax.tree.structure(shared)
-    return jax.tree.unflatten(tree, ids), jax.tree.unflatten(tree, weights)
+    owners, weights = (jax.tree.unflatten(tree, _on_device(spots, column)) for column in zip(*leaves, strict=True))
+    return owners, weights
 
 
 def _stored(path: str, precision: str, tensors: Tensors, dtype: np.dtype, group: np.ndarray | None) -> Stored:
     kind = stored_dtype(dtype, precision)
-    data = bundle_file.as_stored(tensors[f"values/{path}"], kind)
+    data = file.as_stored(tensors[f"values/{path}"], kind)
     if group is None:
         return Stored(data)
-    scales = bundle_file.as_stored(tensors[f"scales/{path}"], np.dtype(jnp.bfloat16))
+    scales = file.as_stored(tensors[f"scales/{path}"], np.dtype(jnp.bfloat16))
     if scales.size != int(group.max(initial=-1)) + 1:
         raise CheckpointError(f"the bundle is damaged: 'scales/{path}' has {scales.size} entries")
     return Stored(data, scales)
 
 
-def _array(leaf: np.ndarray, path: str) -> jax.Array:
-    array = jnp.asarray(leaf)
-    if array.dtype != leaf.dtype:
-        raise CheckpointError(f"'{path}' is {leaf.dtype}, which JAX would make {array.dtype}; set jax_enable_x64")
-    return array
+def _zeros(size: int, dtype: np.dtype) -> np.ndarray:
+    """Return zeros that begin where JAX need not copy them."""
+    memory = np.zeros(size * dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size * dtype.itemsize].view(dtype)
+
+
+def _on_device(paths: Iterable[str], leaves: Sequence[np.ndarray]) -> list[jax.Array]:
+    """Return arrays of JAX; the memory of those that begin at a multiple of 64 bytes is theirs from now on."""
+    arrays = jax.device_put(list(leaves))
+    for path, array, leaf in zip(paths, arrays, leaves, strict=True):
+        if array.dtype != leaf.dtype:
+            raise CheckpointError(f"'{path}' is {leaf.dtype}, which JAX would make {array.dtype}; set jax_enable_x64")
+    return arrays
 
 
 def _with_task(
@@ -220,7 +231,7 @@ def _with_task(
     """Return the state with the next task of a bundle."""
     if entry["name"] in state.tasks or entry["id"] != len(state.tasks) + 1:
         raise CheckpointError(f"the bundle is damaged: task {entry['name']!r} has id {entry['id']}")
-    local, head = _variables(entry["id"], tensors, parts)
+    local, head = _variables(entry["id"], tensors, parts, header["local_values"])
     task = TaskState(
         local=local,
         head=head,
@@ -240,18 +251,19 @@ def _with_task(
     return state.replace(tasks={**state.tasks, entry["name"]: task})
 
 
-def _variables(number: int, tensors: Tensors, parts: Any) -> Any:
+def _variables(number: int, tensors: Tensors, parts: Any, precision: str) -> Any:
     """Return local variables and head of a task."""
     flat: dict[str, Iterator[np.ndarray]] = {}
     for dtype, leaves in by_dtype(list(parts)).items():
-        values = bundle_file.as_stored(tensors[f"tasks/{number}/{dtype}"], np.dtype(leaves[0].dtype))
+        kind = np.dtype(leaves[0].dtype)
+        values = file.as_stored(tensors[f"tasks/{number}/{dtype}"], stored_dtype(kind, precision)).astype(
+            kind, copy=False
+        )
         ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
         flat[dtype] = iter(np.split(values, ends[:-1]))
-
-    def take(path: Any, leaf: Any) -> jax.Array:
-        return _array(next(flat[str(leaf.dtype)]).reshape(leaf.shape), jax.tree_util.keystr(path))
-
-    return jax.tree_util.tree_map_with_path(take, list(parts))
+    wanted, tree = jax.tree_util.tree_flatten_with_path(list(parts))
+    found = [next(flat[str(leaf.dtype)]).reshape(leaf.shape) for _, leaf in wanted]
+    return jax.tree.unflatten(tree, _on_device((jax.tree_util.keystr(path) for path, _ in wanted), found))
 
 
 def _pick(state: State, task: TaskState, stream: np.ndarray, counts: list[list[int]]) -> Tree:
@@ -265,7 +277,7 @@ def _pick(state: State, task: TaskState, stream: np.ndarray, counts: list[list[i
     leaves = []
     for ids, mask, found in zip(jax.tree.leaves(owner), masks, signs, strict=True):
         leaf = np.zeros(mask.size, kind)
-        leaf[mask] = (found.astype(np.int8) - 1).astype(kind)
+        place(leaf, mask.__getitem__, (found.view(np.int8) - 1).astype(kind))
         leaves.append(jnp.asarray(leaf.reshape(ids.shape)))
     return jax.tree.unflatten(jax.tree.structure(owner), leaves)
 
@@ -276,4 +288,4 @@ def _require_digests(header: Mapping[str, Any], state: State, base: State | None
         if task_digest(state, state.tasks[entry["name"]]) != entry["sha256"]:
             raise CheckpointError(f"the bundle is damaged: task {entry['name']!r} is not what was written")
     if base is not None:
-        integrity.verify(state)
+        integrity.verify(state.replace(tasks=base.tasks))

@@ -1,0 +1,84 @@
+"""Which older task is most like a new one: whose features classify its training data best by nearest neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pae_jax.core import State, names
+from pae_jax.errors import ArgumentError
+from pae_jax.nets import as_inputs
+from pae_jax.training import EVAL_BATCH, Feed, Form, features
+
+_EXAMPLES, _NEIGHBOURS = 2000, 200
+_REFERENCE = 0.66
+"""Share of the examples that vote; the others are classified."""
+
+
+def nearest_task(state: State, form: Form, data: Feed, key: jax.Array) -> str | None:
+    """Return the older task whose features classify a new task's data best, or None if none is better than chance.
+
+    Up to 2000 training examples; 66 % of them vote, in groups of the 200 nearest (at most half of them), Euclidean.
+
+    Args:
+      state: the network before the new task.
+      form: the form of the new task's batches.
+      data: its training data, with class numbers.
+      key: random key of shuffling and augmentation.
+
+    Raises:
+      ArgumentError: labels that are not one class number per example, or features that are several arrays.
+
+    Source: the transfer module of Yadav and Bansal, Findings of ACL 2023.
+    """
+    if not state.tasks:
+        return None
+    x, y = _examples(form, data, key)
+    scores = {}
+    for task in names(state):
+        found = features(form.net, state, task, x, batch_size=EVAL_BATCH)
+        if not hasattr(found, "shape"):
+            raise ArgumentError("picks_from='nearest' compares features that are one array; these are several")
+        scores[task] = neighbour_accuracy(np.asarray(found, np.float32).reshape(len(y), -1), y)
+    best = max(scores, key=lambda task: scores[task])
+    return best if scores[best] > 1 / len(np.unique(y)) else None
+
+
+def require_classes(labels: Any) -> None:
+    """Raise `ArgumentError` unless labels are one class number per example."""
+    if getattr(labels, "ndim", 0) != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ArgumentError("picks_from='nearest' needs one class number per example; take picks_from='own'")
+
+
+def neighbour_accuracy(points: np.ndarray, labels: np.ndarray) -> float:
+    """Return the accuracy of a vote of the nearest of the first 66 % of points on the labels of the others."""
+    split = max(1, int(_REFERENCE * len(points)))
+    reference, votes = points[:split], labels[:split]
+    if split == len(points):
+        return 0.0
+    k = max(1, min(_NEIGHBOURS, split // 2))
+    distances = (reference**2).sum(axis=1)[None] - 2 * points[split:] @ reference.T  # without a term of the point alone
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    counts = (votes[nearest][:, :, None] == np.unique(labels)[None, None]).sum(axis=1)
+    return float((np.unique(labels)[counts.argmax(axis=1)] == labels[split:]).mean())
+
+
+def _examples(form: Form, data: Feed, key: jax.Array) -> tuple[object, np.ndarray]:
+    """Return inputs and class numbers of the first training examples."""
+    order_key, draw_key = jax.random.split(jax.random.fold_in(key, 2))
+    parts, count = [], 0
+    for number, (x, y) in enumerate(data.epoch(0, order_key)):
+        if form.augment is None:
+            x = as_inputs(form.net, x)
+        else:
+            x, y = form.augment(jax.random.fold_in(draw_key, number), *jax.tree.map(jnp.asarray, (x, y)))
+        parts.append(jax.tree.map(np.asarray, (x, y)))
+        require_classes(parts[-1][1])
+        count += len(parts[-1][1])
+        if count >= _EXAMPLES:
+            break
+    x, y = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:_EXAMPLES], *parts)
+    return x, y

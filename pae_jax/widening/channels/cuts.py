@@ -1,0 +1,211 @@
+"""`find_cuts`: which channels a function with given weights uses, and the same function on these channels alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pae_jax.errors import StructureError
+from pae_jax.trees import Tree, abstract, describe, flatten, path_name
+from pae_jax.widening.channels import reduced
+from pae_jax.widening.channels.inlining import inlined
+from pae_jax.widening.channels.known import find_known
+from pae_jax.widening.channels.links import link
+from pae_jax.widening.channels.reduced import Kept, Plan
+from pae_jax.widening.channels.sets import Sets
+from pae_jax.widening.programs import Body, literal, trace
+
+Signature = tuple[tuple[Any, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cuts:
+    """A function of `(variables, inputs)` without the channels that it does not use.
+
+    Attributes:
+      leaves: `{path of a leaf of the variables: per axis which coordinates are in use, None for all}`.
+      outputs: the same of each output.
+      function: the whole function.
+      variables: its variables, abstract.
+      plans: per signature of its program, what is in use of each variable, in the program's order.
+    """
+
+    leaves: Mapping[str, Kept]
+    outputs: Sequence[Kept]
+    function: Callable[[Tree, Tree], Tree]
+    variables: Tree
+    plans: Mapping[Signature, Sequence[Kept | None]]
+
+    def take(self, variables: Tree) -> Tree:
+        """Return variables cut to what is in use, or a part of them whose paths are whole."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: reduced.cut(leaf, self.leaves[path_name(path)]), variables
+        )
+
+    def apply(self, variables: Tree, inputs: Tree) -> Tree:
+        """Run the function on cut variables; outputs are cut to what is in use of them."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+        program = trace(self.function, self.variables, shapes)
+        body = inlined(program.body)
+        operands = [*jax.tree.leaves(variables), *jax.tree.leaves(inputs)]
+        return jax.tree.unflatten(
+            jax.tree.structure(program.outputs), reduced.run(body, self._plan(body, shapes), operands)
+        )
+
+    def _plan(self, body: Body, inputs: Tree) -> Plan:
+        variables, kept = _variables(body), self.plans.get(_signature(body))
+        if kept is not None and all(map(_fits, variables, kept)):
+            return Plan({var: axes for var, axes in zip(variables, kept, strict=True) if axes is not None})
+        found = ", ".join(map(describe, jax.tree.leaves(inputs)))
+        hint = "Declare axes whose sizes change as free_axes of the net, and make it again with a sample of this shape."
+        raise StructureError("input of a slimmed net", "", found, "shapes for which its program was analysed", hint)
+
+
+def _fits(var: Any, kept: Kept | None) -> bool:
+    return kept is None or all(
+        used is None or size == used.size for size, used in zip(var.aval.shape, kept, strict=True)
+    )
+
+
+def find_cuts(
+    function: Callable[[Tree, Tree], Tree], variables: Tree, inputs: Sequence[Tree], needed: np.ndarray | None = None
+) -> Cuts:
+    """Find the channels that a function uses; the others are without effect on its outputs for every input.
+
+    A channel, one coordinate of an axis together with those of other arrays that it is tied to, is cut if each sum over
+    it multiplies it by weights that are 0, or adds a value of it that is 0 for every input. What an operation without
+    a rule reads is in use whole.
+
+    Args:
+      function: pure function of `(variables, inputs)`.
+      variables: its variables, concrete.
+      inputs: abstract inputs of several sizes: an axis of an array whose size differs among them is never cut.
+      needed: bool vector over the last axis of the one output: where its entries matter, unless they are always 0.
+        None if all outputs matter.
+
+    Returns:
+      The cut function.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from pae_jax.widening import find_cuts
+      >>> variables = {"a": jnp.ones((1, 3)), "b": jnp.asarray([[1.0], [0.0], [2.0]])}
+      >>> apply = lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"]
+      >>> cuts = find_cuts(apply, variables, [jnp.ones((2, 1)), jnp.ones((3, 1))])
+      >>> small = cuts.take(variables)
+      >>> jax.tree.map(jnp.shape, small)
+      {'a': (1, 2), 'b': (2, 1)}
+      >>> bool(jnp.allclose(cuts.apply(small, jnp.ones((5, 1))), apply(variables, jnp.ones((5, 1)))))
+      True
+    """
+    shapes = abstract(variables)
+    bodies = [inlined(trace(function, shapes, abstract(x)).body) for x in inputs]
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+    programs = []
+    for body in bodies:
+        known = find_known(body, [*arrays, *[None] * (len(body.invars) - len(arrays))])
+        programs.append((body, Sets(known, _changing(body, bodies))))
+    _settle(programs, len(arrays), needed)
+    body, sets = programs[0]
+    leaves = {path: _kept(sets, var) for path, var in zip(flatten(variables), body.invars, strict=False)}
+    plans = {
+        _signature(body): [_kept(sets, var) if var in sets else None for var in _variables(body)]
+        for body, sets in programs
+    }
+    outputs = [() if literal(var) is not None else _kept(sets, var) for var in body.outvars]
+    return Cuts(leaves, outputs, function, shapes, plans)
+
+
+def _settle(programs: Sequence[tuple[Body, Sets]], leaves: int, needed: np.ndarray | None) -> None:
+    """Enlarge the sets of all programs until they fit together.
+
+    All programs get the same set for an axis of a leaf, and those of one signature for an axis of any variable.
+    """
+    groups: dict[Signature, list[tuple[Body, Sets]]] = {}
+    for body, sets in programs:
+        groups.setdefault(_signature(body), []).append((body, sets))
+    alike = [[(sets, _variables(body)) for body, sets in group] for group in groups.values()]
+    alike.append([(sets, list(body.invars[:leaves])) for body, sets in programs])
+    for body, sets in programs:
+        for var in body.outvars:
+            if literal(var) is None:
+                _need(sets, var, needed)
+        for var in body.invars[leaves:]:
+            sets.fill(var)
+    while True:
+        for body, sets in programs:
+            _close(body, sets)
+        for group in alike:
+            for same in zip(*(variables for _, variables in group), strict=True):
+                _share([(sets, var) for (sets, _), var in zip(group, same, strict=True)])
+        if not any(sets.grew for _, sets in programs):
+            return
+
+
+def _need(sets: Sets, var: Any, needed: np.ndarray | None) -> None:
+    last = len(var.aval.shape) - 1
+    sets.fill(var, range(last + 1 if needed is None else last))
+    if needed is not None:
+        sets.add(var, last, needed & sets.nonzero(var, last, []))
+    sets.use(var)
+
+
+def _close(body: Body, sets: Sets) -> None:
+    order = list(body.equations)
+    while True:
+        sets.grew = False
+        order.reverse()
+        for equation in order:
+            link(equation, sets)
+        if not sets.grew:
+            return
+
+
+def _share(places: Sequence[tuple[Sets, Any]]) -> None:
+    """Use of a variable in several programs the same coordinates, of axes that are of one size in all of them."""
+    if any(var in sets for sets, var in places):
+        for sets, var in places:
+            sets.use(var)
+    for axis, size in enumerate(places[0][1].aval.shape):
+        if all(var.aval.shape[axis] == size for _, var in places):
+            union = np.logical_or.reduce([sets.of(var)[axis] for sets, var in places])
+            for sets, var in places:
+                sets.add(var, axis, union)
+
+
+def _kept(sets: Sets, var: Any) -> Kept:
+    """Return what is kept of a variable: what is in use, and at least the first coordinate of an axis."""
+    found = (used if used.any() else np.arange(used.size) == 0 for used in sets.of(var))
+    return tuple(None if used.all() else used for used in found)
+
+
+def _variables(body: Body) -> list[Any]:
+    outs = (var for equation in body.equations for var in equation.outvars)
+    return [*body.constvars, *body.invars, *outs]
+
+
+def _signature(body: Body) -> Signature:
+    """Return what two programs have in common that differ in sizes alone: the operations and how they are connected."""
+    variables = _variables(body)
+    number = {var: place for place, var in enumerate(variables)}
+    rows = [
+        (equation.primitive.name, *(-1 if literal(var) is not None else number[var] for var in equation.invars))
+        for equation in body.equations
+    ]
+    return (*rows, tuple(len(var.aval.shape) for var in variables))
+
+
+def _changing(body: Body, bodies: Sequence[Body]) -> dict[Any, list[int]]:
+    """Return the axes of a program's variables that have another size in another program of the same signature."""
+    mine = _signature(body)
+    others = [_variables(other) for other in bodies if _signature(other) == mine]
+    found: dict[Any, list[int]] = {}
+    for var, *same in zip(_variables(body), *others, strict=True):
+        axes = [i for i, size in enumerate(var.aval.shape) if any(other.aval.shape[i] != size for other in same)]
+        if axes:
+            found[var] = axes
+    return found

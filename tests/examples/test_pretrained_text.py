@@ -1,0 +1,94 @@
+"""Tasks on a pretrained encoder, in small: a tiny random encoder, made sentences, the stages of the real run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import pae_jax as pae
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "pretrained_text"
+MODULES = [f"pretrained_{name}" for name in ("adapters", "encoder", "packing", "report", "rivals", "run", "settings")]
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("pretrained_text", EXAMPLES / "pretrained_text.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pretrained_text"] = module
+    spec.loader.exec_module(module)
+    yield module
+    for folder in (EXAMPLES, EXAMPLES.parent / "pretrained"):
+        sys.path.remove(str(folder))
+    for name in ("pretrained_text", "text_encoder", "text_tasks", *MODULES):
+        sys.modules.pop(name, None)
+
+
+def call(script, out, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrained_text.py", "--quick", "--out", str(out), *arguments])
+        script.main()
+
+
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory):
+    out = tmp_path_factory.mktemp("text")
+    ways = ["ncm", "lora-4", "shira-0.01", "reuse", "budget"]
+    call(script, out, "--tasks", "subj", "mpqa", "--epochs", "2", "--ways", *ways)
+    return out
+
+
+def test_every_way_has_its_row_with_bytes_and_no_packed_way_forgets(run):
+    rows = {row["way"]: row for row in json.loads((run / "results.json").read_text())["ways"]}
+    assert set(rows) == {"ncm", "lora-4", "shira-0.01", "reuse", "budget"}
+    assert {way for way, row in rows.items() if row["ours"]} == {"reuse", "budget"}
+    assert all(
+        0.0 <= row["accuracy"] <= 1.0 and row["stored"] > 0 and row["forgetting"] == 0.0 for row in rows.values()
+    )
+    assert (run / "accuracy_per_byte.png").stat().st_size > 10_000
+
+
+def test_the_pretrained_encoder_and_older_tasks_keep_their_bits(script, run):
+    encoder, tokenise = script.text_encoder.tiny()
+    net = script.pretrained_run.pretrained_packing.network(encoder)
+    x = tokenise(["w1 w2 w3", "w7 w8"], 8)
+    for way in ("reuse", "budget"):
+        stages = [pae.load(net, path) for path in sorted((run / "seed-0" / way / "stages").iterdir())]
+        assert [list(stage.tasks) for stage in stages] == [
+            ["pretrained"], ["pretrained", "subj"], ["pretrained", "subj", "mpqa"]
+        ]  # fmt: skip
+        for task in ("pretrained", "subj"):
+            answers = [np.asarray(pae.predict(net, stage, task, x)) for stage in stages if task in stage.tasks]
+            assert all(answer.tobytes() == answers[0].tobytes() for answer in answers)
+
+
+def test_a_finished_way_is_not_trained_again(script, run, capsys):
+    call(script, run, "--tasks", "subj", "mpqa", "--epochs", "2", "--ways", "lora-4", "reuse")
+    assert "learned" not in capsys.readouterr().out
+
+
+def test_other_settings_in_a_folder_are_refused(script, run):
+    with pytest.raises(SystemExit, match="other settings"):
+        call(script, run, "--tasks", "subj", "mpqa", "--epochs", "3", "--ways", "ncm")
+
+
+def test_a_line_without_a_tab_is_named(script, tmp_path):
+    (tmp_path / "a.train.tsv").write_text("0\tfine\nbroken\n")
+    with pytest.raises(SystemExit, match=r"a\.train\.tsv, line 2"):
+        script.text_tasks.read_lines(tmp_path, "a.train")
+
+
+def test_low_rank_adapters_start_as_the_pretrained_encoder(script):
+    encoder, tokenise = script.text_encoder.tiny()
+    x, features = tokenise(["w1 w2 w3", "w7 w8"], 8), []
+    for way in ("probe", "lora-4", "shira-0.01"):
+        changes = script.pretrained_run.pretrained_rivals.adapter(way, encoder, 0)
+        start = changes.start(jax.random.key(0))
+        features.append(np.asarray(changes.features(changes.fixed, start, x)))
+    np.testing.assert_allclose(features[1], features[0], atol=1e-5)
+    np.testing.assert_array_equal(features[2], features[0])

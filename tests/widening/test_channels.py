@@ -1,0 +1,164 @@
+"""`find_cuts`: which channels go with which, for each kind of operation; only shapes matter, nothing compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pae_jax.errors import StructureError
+from pae_jax.trees import flatten
+from pae_jax.widening import find_cuts
+
+
+def kernel(*shape, off=(), unread=()):
+    """Ones; output channels `off` and input channels `unread` are 0."""
+    weights = np.ones(shape, np.float32)
+    weights[..., list(off)] = 0
+    weights[..., list(unread), :] = 0
+    return weights
+
+
+def cut_shapes(apply, variables, shape, needed=None):
+    inputs = [jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for rows in (2, 3)]
+    return {
+        path: leaf.shape for path, leaf in flatten(find_cuts(apply, variables, inputs, needed).take(variables)).items()
+    }
+
+
+def convolve(x, weights, groups=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups)
+
+
+def relu(x):
+    return jnp.maximum(x, 0)
+
+
+def test_a_concatenation_passes_each_piece_its_own_channels():
+    variables = {"a": kernel(2, 3), "b": kernel(2, 4), "out": kernel(7, 1, unread=(1, 3, 4))}
+    found = cut_shapes(lambda v, x: jnp.concatenate([x @ v["a"], x @ v["b"]], -1) @ v["out"], variables, (2,))
+    assert found == {"a": (2, 2), "b": (2, 2), "out": (4, 1)}
+
+
+def test_a_piece_of_a_concatenation_that_nobody_reads_is_not_computed():
+    variables = {"a": kernel(2, 3), "b": kernel(2, 4), "out": kernel(7, 1, unread=(0, 1, 2))}
+    found = cut_shapes(lambda v, x: jnp.concatenate([x @ v["a"], x @ v["b"]], -1) @ v["out"], variables, (2,))
+    assert found == {"a": (1, 1), "b": (2, 4), "out": (4, 1)}
+
+
+def test_what_is_added_up_has_one_set_of_channels():
+    variables = {"a": kernel(2, 4, off=(0, 1)), "b": kernel(2, 4, off=(1, 2)), "out": kernel(4, 1)}
+    found = cut_shapes(lambda v, x: relu(x @ v["a"] + x @ v["b"]) @ v["out"], variables, (2,))
+    assert found == {"a": (2, 3), "b": (2, 3), "out": (3, 1)}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_a_flatten_keeps_the_rows_of_the_channels_in_use_at_every_position(order):
+    out = np.ones((2, 2, 3, 1), np.float32)
+    out[:, :, 1] = 0
+    rows = np.transpose(out, [i - 1 for i in order[1:]] + [3]).reshape(12, 1)
+    variables = {"a": kernel(1, 1, 2, 3), "out": rows}
+    apply = lambda v, x: jnp.transpose(convolve(x, v["a"]), order).reshape(x.shape[0], -1) @ v["out"]  # noqa: E731
+    assert cut_shapes(apply, variables, (2, 2, 2)) == {"a": (1, 1, 2, 2), "out": (8, 1)}
+
+
+def test_a_depthwise_convolution_keeps_a_filter_for_each_channel_and_multiple():
+    variables = {"a": kernel(1, 1, 2, 3), "deep": kernel(3, 3, 1, 6), "out": kernel(1, 1, 6, 1, unread=(2, 3))}
+
+    def apply(v, x):
+        return convolve(convolve(convolve(x, v["a"]), v["deep"], 3), v["out"])
+
+    assert cut_shapes(apply, variables, (4, 4, 2)) == {"a": (1, 1, 2, 2), "deep": (3, 3, 1, 4), "out": (1, 1, 4, 1)}
+
+
+def test_groups_of_a_convolution_go_whole_or_not_at_all():
+    grouped = kernel(1, 1, 2, 6)
+    for unread, left in (((0, 1), 4), ((0, 2), 6)):
+        variables = {"a": kernel(1, 1, 2, 6), "grouped": grouped, "out": kernel(1, 1, 6, 1, unread=unread)}
+
+        def apply(v, x):
+            return convolve(convolve(convolve(x, v["a"]), v["grouped"], 3), v["out"])
+
+        found = cut_shapes(apply, variables, (4, 4, 2))
+        assert found == {"a": (1, 1, 2, left), "grouped": (1, 1, 2, left), "out": (1, 1, left, 1)}
+
+
+def test_a_gate_keeps_the_same_channels_of_both_halves():
+    variables = {"a": kernel(2, 6), "out": kernel(3, 1, unread=(1,))}
+
+    def apply(v, x):
+        left, gate = jnp.split(x @ v["a"], 2, axis=-1)
+        return (left * jax.nn.sigmoid(gate)) @ v["out"]
+
+    assert cut_shapes(apply, variables, (2,)) == {"a": (2, 4), "out": (2, 1)}
+
+
+def test_heads_of_an_attention_that_nobody_reads_are_cut():
+    out = np.ones((3, 4, 2), np.float32)
+    out[1] = 0
+    variables = {name: np.ones((2, 3, 4), np.float32) for name in "qkv"} | {"out": out}
+
+    def apply(v, x):
+        q, k, values = (jnp.einsum("btc,chd->bthd", x, v[name]) for name in "qkv")
+        scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2.0)
+        return jnp.einsum("bhqk,bkhd,hdc->bqc", scores, values, v["out"])
+
+    assert cut_shapes(apply, variables, (5, 2)) == {**dict.fromkeys("qkv", (2, 2, 4)), "out": (2, 4, 2)}
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(-1, keepdims=True),
+        lambda x: x - x.max(-1, keepdims=True),
+        lambda x: jax.nn.softmax(x),
+        lambda x: jnp.sort(x, -1),
+        lambda x: jnp.cumsum(x, -1),
+        lambda x: jnp.abs(jnp.fft.fft(x)),
+        lambda x: lax.fori_loop(0, 2, lambda i, y: jnp.tanh(y), x),
+    ],
+    ids=["mean", "maximum", "softmax", "sort", "cumulative sum", "no rule", "loop"],
+)
+def test_an_operation_that_reads_all_channels_keeps_them(mix):
+    variables = {"a": kernel(2, 4, off=(1,)), "out": kernel(4, 1, unread=(3,))}
+    assert cut_shapes(lambda v, x: mix(x @ v["a"]) @ v["out"], variables, (2,))["a"] == (2, 4)
+
+
+def test_a_constant_that_is_zero_behind_a_norm_and_a_pooling_is_cut():
+    variables = {
+        "a": kernel(1, 1, 2, 4, off=(0, 1)),
+        "mean": np.asarray([1, -1, 0, 0], np.float32),
+        "var": np.ones(4, np.float32),
+        "out": kernel(4, 1),
+    }
+
+    def apply(v, x):
+        y = relu((convolve(x, v["a"]) - v["mean"].reshape(1, 1, 1, 4)) * lax.rsqrt(v["var"] + 1e-3).reshape(1, 1, 1, 4))
+        return lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME").mean((1, 2)) @ v["out"]
+
+    found = cut_shapes(apply, variables, (4, 4, 2))
+    assert found == {"a": (1, 1, 2, 3), "mean": (3,), "var": (3,), "out": (3, 1)}  # -1 is 0 behind relu, 1 is not
+
+
+def test_only_the_outputs_that_are_needed_are_computed():
+    variables = {"a": kernel(2, 4)}
+    needed = np.asarray([True, False, True, False])
+    assert cut_shapes(lambda v, x: x @ v["a"], variables, (2,), needed) == {"a": (2, 2)}
+
+
+def test_an_axis_that_changes_with_the_batch_is_not_cut():
+    variables = {"a": kernel(2, 4), "out": kernel(4, 1, unread=(1,))}
+
+    def apply(v, x):
+        return ((x @ v["a"]).reshape(-1)[:, None] * jnp.ones((1, 1))).reshape(x.shape[0], 4) @ v["out"]
+
+    assert cut_shapes(apply, variables, (2,)) == {"a": (2, 4), "out": (4, 1)}
+
+
+def test_a_program_of_another_structure_is_refused():
+    variables = {"a": kernel(2, 4), "out": kernel(4, 1, unread=(1,))}
+    apply = lambda v, x: (x @ v["a"] if x.shape[0] < 4 else jnp.tanh(x @ v["a"])) @ v["out"]  # noqa: E731
+    cuts = find_cuts(apply, variables, [jax.ShapeDtypeStruct((2, 2), jnp.float32)])
+    with pytest.raises(StructureError, match="slimmed net"):
+        jax.eval_shape(cuts.apply, cuts.take(variables), jax.ShapeDtypeStruct((5, 2), jnp.float32))
