@@ -41,7 +41,7 @@ def nearest_task(state: State, form: Form, data: Feed, key: jax.Array) -> str | 
     for task in names(state):
         found = features(form.net, state, task, x, batch_size=EVAL_BATCH)
         if not hasattr(found, "shape"):
-            raise ArgumentError("picks_from='nearest' compares features that are one array; these are several")
+            raise ArgumentError("'nearest' compares features that are one array; these are several")
         scores[task] = neighbour_accuracy(np.asarray(found, np.float32).reshape(len(y), -1), y)
     best = max(scores, key=lambda task: scores[task])
     return best if scores[best] > 1 / len(np.unique(y)) else None
@@ -50,7 +50,9 @@ def nearest_task(state: State, form: Form, data: Feed, key: jax.Array) -> str | 
 def require_classes(labels: Any) -> None:
     """Raise `ArgumentError` unless labels are one class number per example."""
     if getattr(labels, "ndim", 0) != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ArgumentError("picks_from='nearest' needs one class number per example; take picks_from='own'")
+        raise ArgumentError(
+            "picks_from= and local_init='nearest' need one class number per example; take another value"
+        )
 
 
 def neighbour_accuracy(points: np.ndarray, labels: np.ndarray) -> float:

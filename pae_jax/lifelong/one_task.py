@@ -127,10 +127,12 @@ class Learner:
         recipe, name = self.recipe, self.task.name
         options: Any = {"head": self.task.head, "key": key, "sharing": recipe.sharing}
         options |= {"picking": recipe.picking if recipe.sharing == "picked" else None}
-        options |= {"local_init": _local_init(state, recipe), "allow_empty": recipe.allow_empty}
+        nearest = None
+        if "nearest" in (recipe.picks_from, recipe.local_init):
+            nearest = nearest_task(state, self.checked.form(state.width), self.checked.training_data, key)
+        options |= {"local_init": _local_init(state, recipe, nearest), "allow_empty": recipe.allow_empty}
         if recipe.picks_from == "nearest":
-            form, data = self.checked.form(state.width), self.checked.training_data
-            options["picks_from"] = nearest_task(state, form, data, key)
+            options["picks_from"] = nearest
         scores = None
         if recipe.budget is not None and recipe.budget_by == "gradient" and ownership.free_fraction(state):
             trial = pack(self.net, state, name, weight_init="fresh", **options)
@@ -409,9 +411,9 @@ def unmoved(before: State, after: State, task: str) -> float | None:
     return sum(int(count) for count in jax.tree.leaves(same)) / total if total else None
 
 
-def _local_init(state: State, recipe: Recipe) -> str:
+def _local_init(state: State, recipe: Recipe, nearest: str | None) -> str:
     """Return the `local_init` argument of `pack`."""
-    last = newest(state)
-    if last is None:
-        return "backbone"
-    return last if recipe.local_init == "newest" else recipe.local_init
+    named = {"newest": newest(state), "nearest": nearest}
+    if not state.tasks or recipe.local_init not in named:
+        return recipe.local_init if state.tasks else "backbone"
+    return named[recipe.local_init] or "backbone"

@@ -103,11 +103,12 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam with coupled L2 decay, in the usual form or with the epsilon outside the bias correction.
+    """Adam with coupled L2 decay or decoupled (AdamW), in the usual form or with epsilon outside the bias correction.
 
     With `m, v` the running means of g and g^2, `w <- w - rate m' / (sqrt(v') + epsilon)`, where `m', v'` are corrected
     for their start at 0. With `epsilon_hat`, `w <- w - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon)`. The
-    two differ when epsilon is large: at 0.1 the second is momentum descent at ten times the rate with a warm-up.
+    two differ when epsilon is large: at 0.1 the second is momentum descent at ten times the rate with a warm-up. Decay
+    adds `weight_decay w` to g, or, decoupled, subtracts `rate weight_decay w` from w.
 
     Attributes:
       learning_rate: at least 0; None in a recipe, whose phases set it.
@@ -117,6 +118,7 @@ class Adam:
       start: initial value of t; with a large value, the second form has no warm-up.
       weight_decay: of kernels, at least 0.
       decayed: parts that decay, of "shared", "head" and "pick".
+      decoupled: whether the decay does not go through the running means (AdamW).
 
     Raises:
       ArgumentError: a value outside its range.
@@ -126,7 +128,8 @@ class Adam:
       >>> Adam(epsilon=0.1, epsilon_hat=True).b2
       0.999
 
-    Source: Kingma and Ba, ICLR 2015, section 2, for both forms; PAE uses the second with epsilon 0.1.
+    Source: Kingma and Ba, ICLR 2015, section 2, for both forms; PAE uses the second with epsilon 0.1. Loshchilov and
+    Hutter, ICLR 2019, for decoupled decay.
     """
 
     learning_rate: float | None = None
@@ -137,6 +140,7 @@ class Adam:
     start: int = 0
     weight_decay: float = 0.0
     decayed: tuple[str, ...] = ("shared",)
+    decoupled: bool = False
 
     def __post_init__(self) -> None:
         _check_rate(self.learning_rate)
@@ -154,7 +158,8 @@ class Adam:
         else:
             scale = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
         decay = [_decay(self.weight_decay, self.decayed)] if self.weight_decay else []
-        return optax.chain(*decay, scale, _descent(self.learning_rate))
+        parts = (scale, *decay) if self.decoupled else (*decay, scale)
+        return optax.chain(*parts, _descent(self.learning_rate))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ class Rate:
     """The learning rate over the epochs of a phase.
 
     The rate is `initial * product of the factors of all drops whose epoch has passed`. With `cosine` it is also
-    `* (1 + cos(pi t / T)) / 2` over the whole phase.
+    `* (1 + cos(pi t / T)) / 2` over the whole phase, and with `warmup` it first rises linearly from 0.
 
     Attributes:
       initial: first learning rate, finite and at least 0.
       drops: `(epoch, factor)`: after this many epochs the rate is multiplied by the factor.
       cosine: whether the rate falls to 0 by the end.
+      warmup: epochs in which it rises.
 
     Raises:
       ArgumentError: a value outside its range.
@@ -42,9 +43,11 @@ class Rate:
     initial: float
     drops: tuple[tuple[float, float], ...] = ()
     cosine: bool = False
+    warmup: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("initial rate", self.initial, 0.0)
+        check_number("warmup", self.warmup, 0.0)
         for epoch, factor in self.drops:
             check_number("epoch of a drop", epoch, 0.0)
             check_number("factor of a drop", factor, 0.0)
@@ -52,13 +55,15 @@ class Rate:
     @property
     def constant(self) -> bool:
         """Whether the rate is constant, so that the steps per epoch are not needed."""
-        return not self.drops and not self.cosine
+        return not self.drops and not self.cosine and not self.warmup
 
     def schedule(self, epochs: int, steps: int) -> Any:
         """Return `step -> rate` for a number of epochs and of steps per epoch."""
 
         def rate(step: int) -> float:
             value = self.initial * math.prod(factor for epoch, factor in self.drops if step >= epoch * steps)
+            if step < self.warmup * steps:
+                value *= (step + 1) / (self.warmup * steps + 1)
             return value * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps))) if self.cosine else value
 
         return rate
@@ -208,6 +213,8 @@ class Ladder:
 @dataclass(frozen=True)
 class Expansion:
     """When a task misses its goal, or no weight is free, the network is expanded and the task starts again.
+
+    A task without a goal misses none.
 
     Attributes:
       step: added to the size ratio (number of weights over that at width 1) each time, at least 1e-6. If that makes no

@@ -84,7 +84,11 @@ def check_task(
     floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
-    if recipe.picks_from == "nearest" and checked.train.arrays is not None and task.augment is None:
+    if (
+        "nearest" in (recipe.picks_from, recipe.local_init)
+        and checked.train.arrays is not None
+        and task.augment is None
+    ):
         require_classes(checked.train.arrays[1])
     if devices is not None and checked.train.arrays is not None:
         devices.check_batch(checked.train.size(recipe.batch_size))

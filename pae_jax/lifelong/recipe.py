@@ -32,13 +32,14 @@ class Recipe:
         drawn by the key; the first task has its baseline).
       finetune: training of the own networks of the goals "finetune_average" and "finetune_best"; None takes `train`.
       tolerance: how much worse than the goal still reaches it.
-      expansion: when and how far to expand; None keeps the width.
+      expansion: when and how far to expand; None keeps the width. Without a goal only where no weight is free.
       sharing: which older weights a task sees, as for `pae.pack`.
       picking: threshold and kind of picks with sharing "picked".
       picks_from: what the picks start from, with sharing "picked": "own", as `picking` says, or "nearest", the weights
         of the older task whose features classify the training data best by nearest neighbours, if better than chance.
-      local_init: as for `pae.pack`: "backbone", "fresh", or "newest", the task learned last. The first task of a
-        network starts from the backbone's.
+      local_init: as for `pae.pack`: "backbone", "fresh", "newest", the task learned last, or "nearest", the older task
+        that `picks_from` describes, and the backbone's if none is better than chance. The first task of a network
+        starts from the backbone's.
       weight_init: as for `pae.pack`.
       budget: as for `pae.pack`: share of all weights that a task may own; None allows all free ones. With a budget, a
         ladder prunes shares of the task's own weights, `Ladder(of="own")`.
@@ -72,7 +73,7 @@ class Recipe:
     sharing: Literal["all", "first", "picked"] = "all"
     picking: Picking | None = None
     picks_from: Literal["own", "nearest"] = "own"
-    local_init: Literal["backbone", "fresh", "newest"] = "backbone"
+    local_init: Literal["backbone", "fresh", "newest", "nearest"] = "backbone"
     weight_init: WeightInit = "preserve"
     budget: float | None = None
     budget_by: Literal["gradient", "key"] = "gradient"
@@ -81,7 +82,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("sharing", self.sharing, SHARING)
-        check_choice("local_init", self.local_init, ("backbone", "fresh", "newest"))
+        check_choice("local_init", self.local_init, ("backbone", "fresh", "newest", "nearest"))
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("picks_from", self.picks_from, ("own", "nearest"))
         if self.picks_from == "nearest" and self.sharing != "picked":
@@ -94,10 +95,8 @@ class Recipe:
         elif self.goal is not None:
             check_number("goal", self.goal)
         needs_goal = self.ladder is not None and self.ladder.choose == "largest_meeting_goal"
-        if self.goal is None and (needs_goal or self.expansion is not None):
-            raise ArgumentError(
-                "a ladder that chooses by the goal, and an expansion, need goal= 'baseline' or a number"
-            )
+        if self.goal is None and needs_goal:
+            raise ArgumentError("a ladder that chooses by the goal needs goal= 'baseline' or a number")
         if self.budget is not None:
             if not check_number("budget", self.budget, 0.0, 1.0):
                 raise ArgumentError("budget is 0: the task would own nothing")

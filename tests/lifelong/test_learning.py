@@ -625,6 +625,25 @@ def test_supsup_wortsman_et_al_2020_learns_masks_of_random_weights_that_never_ch
     pae.verify(state)
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_small_tasks_grow_a_pretrained_network_and_change_nothing_of_it(net, learn_all, empty, reuse):
+    """Each task finds no free weight, so the network grows; the task takes what is new, and its own norms."""
+    recipe = pae.recipes.pretrained(step=0.6, reuse=reuse)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=2), batch_size=8)
+    start = pae.freeze(pae.pack(net, empty, "pretrained", head=None, key=KEY), "pretrained")
+    tasks = [make_task("a", 0), make_task("b", 1)]
+    before = np.asarray(pae.predict(net, start, "pretrained", tasks[0].val[0]))
+    result = learn_all(tasks, recipe, state=start)
+    state = result.state
+    assert [outcome.status for outcome in result.outcomes] == [pae.Status.LEARNED] * 2
+    widths = [state.tasks[name].width for name in ("pretrained", "a", "b")]
+    assert widths == sorted(set(widths))
+    assert {state.tasks[name].sharing for name in "ab"} == {"all" if reuse else "first"}
+    assert all((np.asarray(leaf) > 0).all() for leaf in jax.tree.leaves(state.owner))
+    assert np.asarray(pae.predict(net, state, "pretrained", tasks[0].val[0])).tobytes() == before.tobytes()
+    pae.verify(state)
+
+
 def subnetworks(recipe, epochs=3):
     """A published recipe of subnetworks, short and fast enough for a few examples."""
 

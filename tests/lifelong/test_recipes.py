@@ -17,9 +17,11 @@ from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recip
 
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EVERYTHING = ("shared", "local", "head")
-TORCH_ADAM = Adam(b1=0.9, b2=0.999, epsilon=1e-8, epsilon_hat=False, start=0, weight_decay=0.0, decayed=("shared",))
+TORCH_ADAM = Adam(
+    b1=0.9, b2=0.999, epsilon=1e-8, epsilon_hat=False, start=0, weight_decay=0.0, decayed=("shared",), decoupled=False
+)
 NESTEROV = Sgd(momentum=0.9, nesterov=True, weight_decay=4e-5, decayed=("shared",))
-CIFAR = Rate(1e-2, drops=((50, 0.1), (80, 0.1)), cosine=False)
+CIFAR = Rate(1e-2, drops=((50, 0.1), (80, 0.1)), cosine=False, warmup=0.0)
 
 
 def phase(epochs, rate, optimizer, plateau=None, keep="best", pick_rate=None, parts=EVERYTHING, lone_pick_rate=None):
@@ -58,7 +60,7 @@ def recipe(name, train, batch_size, **fields):
 def test_the_fields_of_the_settings_are_those_that_the_tests_below_give():
     """A new field has no published value yet; add it to the functions above and to each recipe."""
     fields = {kind: len(dataclasses.fields(kind)) for kind in (Recipe, Phase, Ladder, Rate, Expansion, Sgd, Adam)}
-    assert fields == {Recipe: 19, Phase: 9, Ladder: 14, Rate: 3, Expansion: 3, Sgd: 5, Adam: 8}
+    assert fields == {Recipe: 19, Phase: 9, Ladder: 14, Rate: 4, Expansion: 3, Sgd: 5, Adam: 9}
 
 
 def test_pae_has_the_settings_of_the_authors_scripts():
@@ -150,6 +152,26 @@ def test_piggyback_has_the_settings_of_its_authors_scripts(ternary):
     )
     own = pae.recipes.finetune(3)
     assert pae.recipes.piggyback(own).first is own
+
+
+def test_the_rate_warms_up_linearly_and_then_follows_the_cosine():
+    rate = Rate(0.1, warmup=0.5).schedule(epochs=2, steps=4)
+    np.testing.assert_allclose([rate(step) for step in range(4)], [0.1 / 3, 0.2 / 3, 0.1, 0.1])
+    cosine = Rate(0.1, cosine=True).schedule(epochs=2, steps=4)
+    both = Rate(0.1, cosine=True, warmup=0.5).schedule(epochs=2, steps=4)
+    np.testing.assert_allclose([both(step) for step in range(2, 8)], [cosine(step) for step in range(2, 8)])
+    assert not Rate(0.1, warmup=0.5).constant
+
+
+def test_decoupled_decay_is_that_of_adamw():
+    params = {"shared": jnp.asarray([[1.0, -2.0]]), "local": jnp.asarray([3.0])}
+    grads = {"shared": jnp.asarray([[0.3, 0.1]]), "local": jnp.asarray([-1.0])}
+    own = Adam(0.01, weight_decay=0.1, decayed=("shared",), decoupled=True).transformation()
+    mask = {"shared": True, "local": False}
+    plain = optax.adamw(0.01, weight_decay=0.1, mask=mask)
+    found, wanted = (tx.update(grads, tx.init(params), params)[0] for tx in (own, plain))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_supsup_has_the_settings_of_its_authors_scripts():
@@ -285,7 +307,6 @@ REFUSED = {
     "picks from no kind": lambda: Recipe("r", QUICK, sharing="picked", picks_from="best"),
     "picks from a task without picks": lambda: Recipe("r", QUICK, picks_from="nearest"),
     "reclaimed weights of no kind": lambda: Recipe("r", QUICK, weight_init="ones"),
-    "growth without a goal": lambda: Recipe("r", QUICK, expansion=Expansion(0.5, 2.0)),
     "a ladder that chooses by no goal": lambda: Recipe("r", QUICK, ladder=Ladder((0.5,), QUICK)),
     "a first recipe of a first recipe": lambda: Recipe("r", QUICK, first=Recipe("f", QUICK, first=Recipe("g", QUICK))),
 }
@@ -309,7 +330,9 @@ def test_the_bounds_themselves_are_accepted():
 # As JSON
 
 
-@pytest.mark.parametrize("name", ["pae", "packnet", "cpg", "piggyback", "supsup", "wsn", "exssnet", "finetune"])
+@pytest.mark.parametrize(
+    "name", ["pae", "packnet", "cpg", "piggyback", "supsup", "wsn", "exssnet", "pretrained", "finetune"]
+)
 def test_a_recipe_as_json_is_strict_json_and_says_every_field(name):
     found = getattr(pae.recipes, name)().to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
