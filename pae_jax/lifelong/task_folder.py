@@ -15,6 +15,7 @@ from pae_jax.nets import Net
 from pae_jax.storage import files, load, read_metadata, save
 
 FROZEN = "frozen"
+_BEGUN = ("folder", "number", "settings")
 
 
 class TaskFolder:
@@ -50,7 +51,7 @@ class TaskFolder:
     def _begun(self) -> dict[str, Any] | None:
         """What the folder was begun with: by `settings.json`, or by its stages; None if it was not begun."""
         try:
-            return files.read_sealed(self.path / "settings.json")
+            return files.read_sealed(self.path / "settings.json", *_BEGUN)
         except CheckpointError:
             labels = [*self._stages(), *self._failures()]
             return self._facts(labels[0])["begun"] if labels else None
@@ -63,7 +64,7 @@ class TaskFolder:
             return False
         _require_same(begun["settings"], self._settings, self.path)
         try:
-            files.read_sealed(self.path / "settings.json")
+            files.read_sealed(self.path / "settings.json", *_BEGUN)
         except CheckpointError:
             files.write_sealed(self.path / "settings.json", begun)
         return True
@@ -134,7 +135,8 @@ class TaskFolder:
             whole = path.is_dir()
         facts = read_metadata(path)["metadata"] if whole else files.read_sealed(self.path / f"{label}.json")
         try:
-            said = facts["record"]["stage"], facts["begun"]["folder"]
+            folder, _, _ = (facts["begun"][key] for key in _BEGUN)
+            said = facts["record"]["stage"], folder
         except (KeyError, TypeError):
             raise CheckpointError(
                 f"{path} does not say what it was made with: it is of another program or an earlier version. Remove "

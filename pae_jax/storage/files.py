@@ -128,11 +128,14 @@ def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(sealed(facts), indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return what `write_sealed` wrote, or raise `CheckpointError`."""
+def read_sealed(path: Path, *keys: str) -> dict[str, Any]:
+    """Return what `write_sealed` wrote, or raise `CheckpointError`, also where one of the keys is missing."""
     facts = as_json(path, read_bytes(path))
     if not is_sealed(facts):
         raise CheckpointError(f"{path} is damaged: it is not what was written")
+    missing = [key for key in keys if key not in facts]
+    if missing:
+        raise CheckpointError(f"{path} is another file than its name says: it has no {missing[0]!r}")
     del facts["sha256"]
     return facts
 

@@ -424,7 +424,13 @@ def test_without_tensorboardx_a_run_works_and_has_no_folder_for_it(net, empty, t
 
 @pytest.mark.parametrize("file", ["settings.json", "records.json"])
 @pytest.mark.parametrize(
-    "damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")], ids=["lost", "empty"]
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes((file.parents[1] / "accuracy.json").read_bytes()),
+    ],
+    ids=["lost", "empty", "another file"],
 )
 def test_lost_or_damaged_files_are_made_again_from_the_stages(learn_all, finished, copied, no_training, file, damage):
     wanted = (copied / "01-age" / file).read_bytes()

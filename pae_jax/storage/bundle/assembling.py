@@ -151,17 +151,21 @@ def _require_tensors(
         if sum(counts) != spots[path].size or min(counts) < 0 or len(counts) != len(header["tasks"]) + 1:
             raise CheckpointError(f"the bundle is damaged: '{path}' has {spots[path].size} places, not {sum(counts)}")
         wanted[f"values/{path}"] = sum(counts[1:])
-        if scaled(np.dtype(kernels[path].dtype), header["weights"]):
+        if sum(counts[1:]) and scaled(np.dtype(kernels[path].dtype), header["weights"]):
             wanted[f"scales/{path}"] = None
     for entry in header["tasks"]:
         for dtype, leaves in by_dtype([local[float(entry["width"])], variables[entry["name"]]]).items():
             wanted[f"tasks/{entry['id']}/{dtype}"] = sum(math.prod(leaf.shape) for leaf in leaves)
         if str(entry["id"]) in header["picks"]:
             wanted[f"picks/{entry['id']}"] = None
-    if header["owners"].keys() != kernels.keys() or wanted.keys() != tensors.keys():
-        differing = sorted((wanted.keys() ^ tensors.keys()) or (header["owners"].keys() ^ kernels.keys()))
+    wanted = {name: size for name, size in wanted.items() if size != 0}
+    coded = {name for name in wanted if name == "owners" or name.startswith("picks/")}
+    differing = sorted((wanted.keys() - coded - tensors.keys()) | (tensors.keys() - wanted.keys()))
+    differing = differing or sorted(header["owners"].keys() ^ kernels.keys())
+    if differing:
         raise CheckpointError(f"the bundle is damaged: '{differing[0]}' is missing or not expected")
-    for name, size in wanted.items():
+    for name in wanted.keys() & tensors.keys():
+        size = wanted[name]
         if tensors[name].ndim != 1 or (size is not None and tensors[name].size != size):
             raise CheckpointError(f"the bundle is damaged: '{name}' has {tensors[name].size} entries, expected {size}")
 
@@ -176,7 +180,7 @@ def _weights(
 ) -> tuple[Tree, Tree]:
     """Return owners and weights of the whole bundle."""
     counts = [np.asarray(header["owners"][path]) for path in spots]
-    symbols = coding.decode(tensors["owners"], [spot.size for spot in spots.values()], counts)
+    symbols = coding.decode(_coded(tensors, "owners"), [spot.size for spot in spots.values()], counts)
     old, kernels = [{}, {}] if known is None else [flatten(tree) for tree in known], flatten(shared)
 
     def leaf(path: str, spot: Places, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +202,15 @@ def _weights(
     return owners, weights
 
 
+def _coded(tensors: Tensors, name: str) -> np.ndarray:
+    """Return a code, which is left out of the file if it is empty."""
+    return tensors.get(name, np.zeros(0, np.uint8))
+
+
 def _stored(path: str, precision: str, tensors: Tensors, dtype: np.dtype, group: np.ndarray | None) -> Stored:
     kind = stored_dtype(dtype, precision)
+    if f"values/{path}" not in tensors:
+        return Stored(np.zeros(0, kind), None if group is None else np.zeros(0, jnp.bfloat16))
     data = file.as_stored(tensors[f"values/{path}"], kind)
     if group is None:
         return Stored(data)
@@ -246,7 +257,7 @@ def _with_task(
     )
     counts = header["picks"].get(str(entry["id"]))
     if counts is not None:
-        task = task.replace(pick=_pick(state, task, tensors[f"picks/{entry['id']}"], counts))
+        task = task.replace(pick=_pick(state, task, _coded(tensors, f"picks/{entry['id']}"), counts))
     task = task.replace(digests=integrity.as_rows(integrity.task_digests(state, task)))
     return state.replace(tasks={**state.tasks, entry["name"]: task})
 
@@ -256,9 +267,9 @@ def _variables(number: int, tensors: Tensors, parts: Any, precision: str) -> Any
     flat: dict[str, Iterator[np.ndarray]] = {}
     for dtype, leaves in by_dtype(list(parts)).items():
         kind = np.dtype(leaves[0].dtype)
-        values = file.as_stored(tensors[f"tasks/{number}/{dtype}"], stored_dtype(kind, precision)).astype(
-            kind, copy=False
-        )
+        name, stored = f"tasks/{number}/{dtype}", stored_dtype(kind, precision)
+        values = file.as_stored(tensors[name], stored) if name in tensors else np.zeros(0, stored)
+        values = values.astype(kind, copy=False)
         ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
         flat[dtype] = iter(np.split(values, ends[:-1]))
     wanted, tree = jax.tree_util.tree_flatten_with_path(list(parts))

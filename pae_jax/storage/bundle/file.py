@@ -1,10 +1,15 @@
-"""The file of a bundle: safetensors with a JSON header, written whole or not at all, every bit under a checksum."""
+"""The file of a bundle: safetensors with a JSON header, written whole or not at all, every bit under a checksum.
+
+The header says in plain JSON which tasks the file holds and what it goes onto. Shapes, owner counts and expansions,
+which would be most of a small file, are compressed JSON in the tensor "layout". Tensors without an entry are left out.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,9 @@ from pae_jax.version import __version__
 
 SCHEMA_VERSION = 2
 _FORMAT = "pae_jax bundle"
+_LAYOUT = ("owners", "picks", "shared", "local", "growth")
+_LARGEST_RATIO = 64
+"""A layout is at most this many times as long as its file, or a megabyte."""
 _PLAIN = "?bhilqBHILQefd"  # NumPy's own bool, integers and floats; other dtypes are written as integers of their size
 
 
@@ -34,8 +42,11 @@ def require_new(path: Path) -> None:
 def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Write a bundle: beside its place first, flushed to the disk, then renamed."""
     require_new(path)
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **header}, separators=(",", ":"))
-    plain = {name: _as_plain(array) for name, array in tensors.items()}
+    shown = {key: value for key, value in header.items() if key not in _LAYOUT}
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **shown}, separators=(",", ":"))
+    layout = json.dumps({key: header[key] for key in _LAYOUT}, separators=(",", ":"))
+    plain = {name: _as_plain(array) for name, array in tensors.items() if array.size}
+    plain["layout"] = np.frombuffer(zlib.compress(layout.encode(), 9), np.uint8)
     metadata = {"format": _FORMAT, "sha256": _digest(text, header, plain), "bundle": text}
     with files.disk_errors(f"cannot write {path}"):
         files.make_folder(path.parent)
@@ -65,11 +76,21 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             )
         tensors = safetensors.numpy.load(raw)
         digest = _digest(text, header, tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if digest != metadata.get("sha256"):
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Fetch or write it again.")
+        return header | _layout(tensors.pop("layout"), len(raw)), tensors
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if digest != metadata.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its checksum differs. Fetch or write it again.")
-    return header, tensors
+
+
+def _layout(tensor: np.ndarray, size: int) -> dict[str, Any]:
+    """Return the layout of a file of so many bytes."""
+    decoder = zlib.decompressobj()
+    text = decoder.decompress(tensor.tobytes(), max(_LARGEST_RATIO * size, 1 << 20))
+    if not decoder.eof:
+        raise ValueError("the layout is longer than a layout can be")
+    found = json.loads(text)
+    return {key: found[key] for key in _LAYOUT}
 
 
 def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +159,19 @@ def test_tensors_that_are_missing_or_of_another_size_or_dtype_are_refused(net, f
             pae.read_bundle(net, tmp_path / name)
 
 
+def test_a_layout_that_would_fill_the_memory_is_refused(net, files, tmp_path):
+    folder, _ = files
+    tensors = safetensors.numpy.load_file(folder / "all")
+    with safe_open(folder / "all", "np") as found:
+        metadata = dict(found.metadata())
+    tensors["layout"] = np.frombuffer(zlib.compress(b" " * 2**28, 9), np.uint8)
+    header = json.loads(metadata["bundle"])
+    metadata["sha256"] = bundle_file._digest(metadata["bundle"], header, tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "bomb", metadata)
+    with pytest.raises(pae.CheckpointError, match="the layout is longer than a layout can be"):
+        pae.read_bundle(net, tmp_path / "bomb")
+
+
 def test_what_is_no_bundle_is_refused(net, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "plain")
@@ -197,4 +211,5 @@ def test_the_header_is_json_that_safetensors_shows(net, files):
     assert [task["name"] for task in header["tasks"]] == ["c", "d"]
     assert [task["name"] for task in header["base"]["tasks"]] == ["a", "b"]
     assert header["weights"] == "int8"
-    assert header["growth"][0]["wide"] == 1.5
+    layout = json.loads(zlib.decompress(safetensors.numpy.load_file(folder / "delta")["layout"].tobytes()))
+    assert layout["growth"][0]["wide"] == 1.5
