@@ -30,12 +30,16 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "mutation.json"
 TESTS = {
-    "pae_jax/core/ownership.py": "tests/core/test_ownership.py tests/core/test_laws.py tests/core/test_drop.py",
+    "pae_jax/core/ownership.py": " ".join(
+        f"tests/core/test_{name}.py" for name in ("ownership", "picking", "laws", "drop")
+    ),
     "pae_jax/core/pruning.py": "tests/core/test_pruning.py tests/core/test_laws.py",
     "pae_jax/core/selection.py": "tests/core/test_selection.py tests/core/test_pruning.py",
     "pae_jax/core/flax.py": "tests/core/test_flax.py",
     "pae_jax/core/integrity.py": "tests/core/test_integrity.py tests/core/test_laws.py",
-    "pae_jax/core/packing.py": "tests/core/test_packing.py tests/core/test_drop.py tests/core/test_laws.py",
+    "pae_jax/core/packing.py": " ".join(
+        f"tests/core/test_{name}.py" for name in ("packing", "claiming", "starting_weights", "drop", "laws")
+    ),
     "pae_jax/storage/checkpoint.py": "tests/storage/test_checkpoint.py",
 }
 LIMIT = 600.0

@@ -195,6 +195,7 @@ def test_the_gate_in_a_flax_train_state_under_jit(net, state, unforgotten):
 
 def test_the_gate_in_an_nnx_optimizer(nnx_net, nnx_state, unforgotten):
     module, _ = pae.as_flax(nnx_net, nnx_state, "new")
+    assert module.head.in_features == module.head.kernel.shape[0]
     tx = optax.chain(optax.adamw(0.1, weight_decay=0.5), pae.gate(nnx_net, nnx_state, "new"))
     optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
 

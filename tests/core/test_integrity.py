@@ -7,7 +7,7 @@ import pytest
 
 import pae_jax as pae
 from pae_jax.core.integrity import array_digest, as_rows, no_digests, task_digests
-from pae_jax.core.state import Growth
+from pae_jax.core.state import Growth, State, layout_of
 from pae_jax.trees import flatten
 
 
@@ -323,3 +323,11 @@ def test_check_with_the_net_finds_what_another_model_would_build(net, third, vec
     pae.check(bare)
     with pytest.raises(pae.StructureError, match="local variables of task 2, leaf 'batch_stats/BatchNorm_0/mean'"):
         pae.check(bare, net)
+
+
+def test_owners_after_a_leaf_without_weights_are_checked_too():
+    shared = {"a": jnp.zeros((0, 3)), "b": jnp.zeros((2, 2))}
+    owner = {"a": jnp.zeros((0, 3), jnp.int8), "b": jnp.full((2, 2), 7, jnp.int8)}
+    state = State(shared=shared, owner=owner, tasks={}, width=1.0, layout=layout_of(shared=shared))
+    with pytest.raises(pae.StructureError, match=r"owner, leaf 'b': found ids 7\.\.7, expected ids in 0\.\.0"):
+        pae.check(state)
