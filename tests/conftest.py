@@ -86,14 +86,29 @@ OPTIMIZED = ("data", "faces", "models", "widening")
 
 @pytest.fixture(scope="module", autouse=True)
 def all_optimizations_where_no_network_is_shared(request):
-    """Compile with all optimizations in folders that share no network with others.
+    """Compile with all optimizations in modules of some folders, but for those that use the networks below.
 
-    Programs compiled one way and the other differ in bits, so all that use the networks below compile one way.
+    Programs compiled one way and the other differ in bits. So no module uses what another compiled the other way.
     """
-    folder = request.path.relative_to(Path(__file__).parent).parts[0] if "tests" in request.path.parts else ""
-    jax.config.update("jax_disable_most_optimizations", folder not in OPTIMIZED)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    optimized = _folder(request.path) in OPTIMIZED and not any(map(_shares_network, _tests_of(request)))
+    if optimized == jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", not optimized)
+        jax.clear_caches()
+
+
+def _folder(path):
+    return path.relative_to(Path(__file__).parent).parts[0] if "tests" in path.parts else ""
+
+
+def _tests_of(request):
+    return [item for item in request.session.items if item.path == request.path]
+
+
+def _shares_network(item):
+    """Return whether a test uses a network of this file, not one of its own module's."""
+    found = getattr(item, "_fixtureinfo", None)
+    uses = [] if found is None else [found.name2fixturedefs.get(name) for name in ("net", "vector_module")]
+    return any(definitions and definitions[-1].func.__module__ == __name__ for definitions in uses)
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,8 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
       (3, 16)
     """
     entry = find(state, task)
+    if entry.head_spec is None:  # the features are the output, to the bit: one program computes both
+        return predict(net, state, task, x, batch_size=batch_size)
     apply = apply_backbone(net, entry.width)
     return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, x))
 
