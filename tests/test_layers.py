@@ -1,6 +1,7 @@
 """The layout: folders import downwards only, each through a door of its own, on nine floors at most."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,16 @@ def room(module):
     return parts[1] if len(parts) > 1 else ""
 
 
+@functools.cache
 def imports_of(path):
-    """Yield `(module imported, names)` of every import of ours in a file, inside functions too."""
+    """Return `(module imported, names)` of every import of ours in a file, inside functions too."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pae_jax":
-            yield node.module, [alias.name for alias in node.names]
+            found.append((node.module, [alias.name for alias in node.names]))
         if isinstance(node, ast.Import):
-            yield from ((alias.name, []) for alias in node.names if alias.name.split(".")[0] == "pae_jax")
+            found += [(alias.name, []) for alias in node.names if alias.name.split(".")[0] == "pae_jax"]
+    return found
 
 
 def arrows():

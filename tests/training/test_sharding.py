@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output[-2000:]
     finally:  # a process waits for the other one for minutes
         for process in processes:
