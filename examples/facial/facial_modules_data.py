@@ -1,4 +1,4 @@
-"""Data of facial_modules.py: identity, age group and gender, from the ORL faces and a pack of labelled faces."""
+"""Data of facial_modules.py from packs: identities of the ORL faces; age group, gender and expression."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from facial_modules_expressions import load_expressions
+from facial_modules_presets import ORDER
 from PIL import Image
 
 import pae_jax as pae
 from pae_jax import data
 from pae_jax.faces.images import standardise_fixed
-from pae_jax.faces.losses import prelogits_norm, softmax
+from pae_jax.faces.losses import WeightedSoftmax, class_weights, prelogits_norm, softmax
 from pae_jax.faces.packs import AGE_GROUPS, GENDERS, age_group, load_face_pack
 from pae_jax.faces.pairs import Pairs, generate_pairs
 from pae_jax.faces.scores import Verification
@@ -129,14 +131,14 @@ def area(net: pae.Net, state: pae.State, task: str, faces: FaceSet) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Retraining:
-    """Loss of the face task while it is pruned; needs `FeatureHead`.
+    """Loss of the face task while it is pruned; needs `FeatureHead`, or no head where there are no classes.
 
     `identity · CE + matching · |f / |f| - t|² + prelogits · sum |f_i|`, where the first term counts only if the
     identity is known, and t is the direction of the unpruned network's features. In evaluation, without features, only
     the first term counts.
 
     Attributes:
-      classes: identities.
+      classes: identities; 0 learns from targets alone.
       identity: weight of the softmax cross-entropy of identities.
       matching: weight of the distance from the unpruned network; 0 takes labels without targets.
       prelogits: weight of the prelogits norm; 5e-4 in PAE.
@@ -149,14 +151,16 @@ class Retraining:
 
     def __call__(self, out: jax.Array, y: jax.Array) -> jax.Array:
         """Return the loss of each example; y is the label, or label and target."""
-        labels = (y if y.ndim == 1 else y[:, 0]).astype(jnp.int32)
-        known = labels != STRANGER
-        entropy = softmax(out[:, : self.classes], jnp.where(known, labels, 0))
-        losses = self.identity * jnp.where(known, entropy, 0.0)
+        losses = jnp.zeros(len(out), jnp.float32)
+        if self.classes:
+            labels = (y if y.ndim == 1 else y[:, 0]).astype(jnp.int32)
+            known = labels != STRANGER
+            entropy = softmax(out[:, : self.classes], jnp.where(known, labels, 0))
+            losses = self.identity * jnp.where(known, entropy, 0.0)
         features = out[:, self.classes :]
         if not features.shape[-1]:
             return losses
-        if self.matching:
+        if self.matching and y.ndim > 1:
             unit = features / jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), 1e-10))
             losses += self.matching * jnp.square(unit - y[:, 1:]).sum(-1)
         return losses + self.prelogits * prelogits_norm(features) if self.prelogits else losses
@@ -164,12 +168,18 @@ class Retraining:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-    """A task of classes: its names and data, as for `pae.Task`."""
+    """A task of classes, as for `pae.Task`: its name, its classes by name, its data and its loss."""
 
+    name: str
     classes: tuple[str, ...]
     train: Any
     val: Any
     test: Any
+    loss: Any = None
+
+    def task(self, size: int) -> pae.Task:
+        """Return the task for images of a size."""
+        return pae.Task(self.name, len(self.classes), self.train, self.val, self.test, self.loss, augment=View(size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,8 +192,7 @@ class Sources:
       loss: of the face task.
       val: people that choose the pruning ratio; in no gradient.
       test: people that are only measured.
-      age: age groups.
-      gender: male and female.
+      tasks: the tasks after the face task, in order.
       sample: uint8 (n, size, size, 3), training faces to measure activations on.
       facts: description and counts of the loaded data.
       checksum: of images and labels, so that a run is only resumed with its own data.
@@ -194,18 +203,17 @@ class Sources:
     loss: Retraining
     val: FaceSet
     test: FaceSet
-    age: Labelled
-    gender: Labelled
+    tasks: tuple[Labelled, ...]
     sample: np.ndarray
     facts: dict[str, Any]
     checksum: int
 
 
-def local(preset: Any, file: Path, folder: Path | None, key: jax.Array) -> Sources:
-    """Load the ORL faces and a pack of labelled faces.
+def local(preset: Any, file: Path, expressions: Path | None, folder: Path | None, key: jax.Array) -> Sources:
+    """Load the ORL faces, a pack of faces with age and gender, and a pack of expressions if the experiment has them.
 
-    The first people of ORL are for training, the next for choices, the last only for measurement. The pack's training
-    faces are used for age and gender and, without labels, for matching the unpruned network's embeddings.
+    The first people of ORL are for training, the next for choices, the last only for measurement. The training faces of
+    the first pack are also used, without labels, for matching the unpruned network's embeddings.
     """
     orl = data.load_orl(folder).images
     pack = load_face_pack(file, size=preset.stored, limit=preset.faces, progress=True)
@@ -219,28 +227,43 @@ def local(preset: Any, file: Path, folder: Path | None, key: jax.Array) -> Sourc
     images = np.concatenate([cropped(known, size, view_key), cropped(pack.train.images, size, crop_key)])
     labels = np.concatenate([labels, np.full(len(pack.train), STRANGER)]).astype(np.float32)
 
-    def labelled(names: Sequence[str], of: Any) -> Labelled:
-        train = Shuffled(pack.train.images, of(pack.train), batch, seed)
-        return Labelled(tuple(names), train, *(Examples(s.images, of(s), size) for s in (pack.val, pack.test)))
+    def labelled(name: str, classes: Sequence[str], parts: Any, of: Any, loss: Any = None) -> Labelled:
+        train = Shuffled(parts.train.images, of(parts.train), batch, seed)
+        val, test = (Examples(part.images, of(part), size) for part in (parts.val, parts.test))
+        return Labelled(name, tuple(classes), train, val, test, loss)
 
+    tasks = {
+        "age": labelled("age", AGE_GROUPS, pack, lambda part: age_group(part.age)),
+        "gender": labelled("gender", GENDERS, pack, lambda part: part.gender),
+    }
+    checked = [orl, *(part for s in (pack.train, pack.val, pack.test) for part in (s.images, s.age, s.gender))]
+    facts = {
+        "verification": f"ORL: {train} people retrain, {val} choose, {len(orl) - train - val} are measured",
+        "labels": _counts(file, pack),
+        "retraining": f"{len(images)} views: identities of {train} people, unpruned features of all",
+    }
+    if expressions is not None:
+        faces = load_expressions(expressions, size=preset.stored, limit=preset.faces)
+        weights = class_weights(np.bincount(faces.train.label, minlength=len(faces.names)).tolist())
+        loss = WeightedSoftmax(weights)
+        tasks["expression"] = labelled("expression", faces.names, faces, lambda part: part.label, loss)
+        checked += [part for s in (faces.train, faces.val, faces.test) for part in (s.images, s.label)]
+        facts["expressions"] = _counts(expressions, faces)
     return Sources(
         faces=Shuffled(images, labels, batch, seed),
         view=View(),
         loss=Retraining(train, preset.identity, 1.0),
-        val=_people(orl[train : train + val], size, val_key),
-        test=_people(orl[train + val :], size, test_key),
-        age=labelled(AGE_GROUPS, lambda part: age_group(part.age)),
-        gender=labelled(GENDERS, lambda part: part.gender),
+        val=face_set(orl[train : train + val], size, val_key),
+        test=face_set(orl[train + val :], size, test_key),
+        tasks=tuple(tasks[name] for name in ORDER[preset.experiment]),
         sample=data.centre_crop(pack.train.images[: preset.sample], size),
-        facts={
-            "verification": f"ORL: {train} people retrain, {val} choose, {len(orl) - train - val} are measured",
-            "labels": f"pack {file.name}: {len(pack.train)} train, {len(pack.val)} validation, {len(pack.test)} test",
-            "retraining": f"{len(images)} views: identities of {train} people, unpruned features of all",
-        },
-        checksum=_checksum(
-            orl, *(part for s in (pack.train, pack.val, pack.test) for part in (s.images, s.age, s.gender))
-        ),
+        facts=facts,
+        checksum=_checksum(*checked),
     )
+
+
+def _counts(file: Path, pack: Any) -> str:
+    return f"pack {file.name}: {len(pack.train)} train, {len(pack.val)} validation, {len(pack.test)} test"
 
 
 def _checksum(*arrays: np.ndarray) -> int:
@@ -265,7 +288,7 @@ def cropped(images: np.ndarray, size: int, key: jax.Array) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def _people(images: np.ndarray, size: int, key: jax.Array) -> FaceSet:
+def face_set(images: np.ndarray, size: int, key: jax.Array) -> FaceSet:
     """Return people (people, shots, height, width) with pairs drawn for the folds, and all pairs for the curve."""
     people, shots = images.shape[:2]
     identities = np.repeat(np.arange(people), shots)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pae_jax as pae
 from pae_jax.faces import graphdef
 from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Rate, Recipe
 
+Experiment = Literal[1, 2, "cpg"]
+# The tasks after the face task, in order; "cpg" is the experiment with faces of CPG.
+ORDER: dict[Experiment, tuple[str, ...]] = {
+    1: ("age", "gender"),
+    2: ("expression", "gender"),
+    "cpg": ("gender", "expression", "age"),
+}
 HEAD = Phase(3, Rate(1e-2), keep="last", parts=("head",))  # as in the paper's baselines
 
 
@@ -22,8 +29,11 @@ class Preset:
       weights: pretrained weights where --weights names none; None starts from random ones.
       size: height and width of the network's images.
       stored: height and width of the stored images, which are cropped for training.
-      recipe: of age and gender; its `first` is that of the face task.
-      own: of the separate networks, which set the goals of age and gender.
+      recipe: of the tasks after the face task, whose recipe is its `first`.
+      own: of the separate networks; where `recipe` has a goal, they set it.
+      grown: of the last task, for which the network is first expanded to a size ratio of 1.2; None does not expand.
+      keep: which stages stay on disk, as for `pae.Run`; all are measured on test data and reported.
+      experiment: of the paper: 1 is face, age, gender; 2 is face, expression, gender; see `ORDER`.
       faces: largest numbers of training, validation and test faces of the pack; None takes all.
       people: of ORL: how many for retraining and how many for choices; the others are measured.
       views: random crops of each image of these people.
@@ -45,9 +55,25 @@ class Preset:
     identity: float = 0.1
     sample: int = 512
     val_identities: int = 100
+    grown: Recipe | None = None
+    experiment: Experiment = 1
+    keep: Literal["frozen", "all"] = "frozen"
+
+    @property
+    def recipes(self) -> dict[str, Recipe | None]:
+        """The recipes by the names of their fields."""
+        return {"recipe": self.recipe, "own": self.own, "grown": self.grown}
+
+    def with_classifier(self) -> Preset:
+        """Return the protocol for a network whose classifier of identities is kept, so that it is not trained first."""
+        first = self.recipe.first
+        assert first is not None
+        first = dataclasses.replace(first, train=dataclasses.replace(first.train, epochs=0))
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, first=first))
 
 
 def local(
+    experiment: Literal[1, 2] = 1,
     build: Callable[[float], Any] = pae.models.InceptionResnetV1,
     epochs: int = 3,
     rungs: tuple[float, ...] = (0.4, 0.6),
@@ -72,30 +98,38 @@ def local(
         local_init="newest",
         first=face,
     )
-    return Preset("local", build, graphdef.PACKAGE, 128, 146, recipe, own, faces=(1200, None, None))
+    grown = dataclasses.replace(recipe, sharing="first", first=None) if experiment == 2 else None
+    preset = Preset("local", build, graphdef.PACKAGE, 128, 146, recipe, own, faces=(1200, None, None))
+    return dataclasses.replace(preset, grown=grown, experiment=experiment)
 
 
-def paper() -> Preset:
-    """Return the published protocol: the most accurate rung on validation data, no expansion in experiment 1."""
-    recipe = pae.recipes.pae()
-    assert recipe.ladder is not None
-    ladder = dataclasses.replace(recipe.ladder, choose="best_accuracy")
+def paper(experiment: Literal[1, 2] = 1) -> Preset:
+    """Return the published protocol: all nine rungs, of which the most accurate on validation data is kept.
+
+    The separate networks start from FaceNet, head first, and train at 0.01 in experiment 1 and 0.002 in experiment 2.
+    """
+    recipe = pae.recipes.pae(experiment=experiment)
     head = dataclasses.replace(HEAD, optimizer=recipe.train.optimizer)
-    face = Recipe("face", dataclasses.replace(head, epochs=1), batch_size=recipe.batch_size, ladder=ladder)
+    own = recipe.train if experiment == 1 else dataclasses.replace(recipe.train, rate=Rate(2e-3))
+    rungs = pae.recipes.pae(experiment=1).ladder
+    face = Recipe("face", dataclasses.replace(head, epochs=1), batch_size=recipe.batch_size, ladder=rungs)
     return Preset(
         "paper",
         pae.models.InceptionResnetV1,
         graphdef.PACKAGE,
         160,
         182,
-        dataclasses.replace(recipe, ladder=ladder, expansion=None, first=face),
-        Recipe("finetune", recipe.train, recipe.batch_size, head_first=head),
+        dataclasses.replace(recipe, first=face),
+        Recipe("finetune", own, recipe.batch_size, head_first=head),
+        grown=pae.recipes.pae(experiment=2, expanded=True) if experiment == 2 else None,
+        experiment=experiment,
+        keep="all",
     )
 
 
-def tiny() -> Preset:
+def tiny(experiment: Literal[1, 2] = 1) -> Preset:
     """Return the protocol of `local` for a small network without pretrained weights, for tests."""
-    preset = local(lambda width: pae.models.SmallCNN(width=width, channels=(8, 16), stem=4), 2, (0.5,))
+    preset = local(experiment, lambda width: pae.models.SmallCNN(width=width, channels=(8, 16), stem=4), 2, (0.5,))
     first = preset.recipe.first
     assert first is not None and first.ladder is not None
     face = dataclasses.replace(
@@ -103,6 +137,10 @@ def tiny() -> Preset:
         train=dataclasses.replace(first.train, epochs=1),
         ladder=dataclasses.replace(first.ladder, rungs=(0.4, 0.6)),
     )
+    if experiment == 2:  # its tests need no other phase
+        own, grown = (dataclasses.replace(one, head_first=None) for one in (preset.own, preset.grown or preset.own))
+        recipe = dataclasses.replace(preset.recipe, head_first=None)
+        preset = dataclasses.replace(preset, own=own, grown=grown, recipe=recipe)
     return dataclasses.replace(
         preset,
         name="tiny",
@@ -117,4 +155,4 @@ def tiny() -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"local": local, "paper": paper, "tiny": tiny}
+PRESETS: dict[str, Callable[..., Preset]] = {"local": local, "paper": paper, "tiny": tiny}

@@ -1,4 +1,4 @@
-"""Predictions of all modules of facial_modules.py for one picture: identity, age group, gender."""
+"""Predictions of all modules of facial_modules.py for one picture: identity, age group or expression, gender."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Viewer:
 
     Attributes:
       net: the network description.
-      state: the network with tasks "face", "age" and "gender".
+      state: the network with all tasks.
       facts: results of the run: names of the classes, threshold.
       size: height and width of the network's images.
       stored: height and width of an aligned face.
@@ -52,8 +52,9 @@ class Viewer:
             verdict = "the same person" if distance < threshold else "another person"
             lines.append(f"{verdict} as {enrolled.name}: distance {distance:.4f}, threshold {threshold:.4f}")
         chances = {}
-        for task in ("age", "gender"):
-            names = self.facts["classes"][task]
+        for task, names in self.facts["classes"].items():
+            if task == "face":
+                continue
             logits = np.asarray(pae.predict(self.net, self.state, task, standardise_fixed(shown[None])), np.float64)[0]
             odds = np.exp(logits - logits.max())
             chances[task] = dict(zip(names, (odds / odds.sum()).tolist(), strict=True))

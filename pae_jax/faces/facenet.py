@@ -50,7 +50,7 @@ def load_facenet(
           Read by tensorboard's protocol buffers;
         - a facenet-pytorch state dict: a mapping of names to arrays, or the path of a file that `torch.save` wrote
           (read by torch, with `weights_only=True`);
-        - the path of a folder with FaceNet's TensorFlow checkpoint (read by TensorFlow).
+        - the path of a folder with FaceNet's TensorFlow checkpoint.
       key: random key of the head; None means `jax.random.key(0)`.
       head: as in `pae.pack`, for further training. None takes the source's own classifier of identities; if it has
         none, as in a graph, the head has one meaningless output.

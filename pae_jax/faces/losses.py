@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.errors import ArgumentError, DataError, StructureError
+from pae_jax.faces.angular import AngularHead as AngularHead
+from pae_jax.faces.angular import ASoftmax as ASoftmax
 from pae_jax.training import Loss
 from pae_jax.training import softmax_cross_entropy as softmax
 

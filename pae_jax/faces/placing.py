@@ -71,14 +71,14 @@ def gather(
     missing = [entry.name for entry in entries if entry.name not in arrays]
     unexpected = [name for name in arrays if name not in asked and not ignored(name)]
     if missing or unexpected:
-        found = f"{len(missing)} weights missing{_listing(missing)}, {len(unexpected)} unexpected{_listing(unexpected)}"
+        found = f"{len(missing)} weights missing{listing(missing)}, {len(unexpected)} unexpected{listing(unexpected)}"
         expected = f"all {len(entries)} weights of InceptionResnetV1 and no others"
         raise StructureError(source, "", found, expected, "These look like the weights of another network.")
     leaves = flatten(template)
     for layer in LAYERS:  # only sources have scales, with one number per channel like the biases
         if layer.norm is not None:
             leaves[f"{PARAMS}/{layer.norm}/scale"] = leaves[f"{PARAMS}/{layer.norm}/bias"]
-    return {entry.path: _leaf(source, entry, arrays[entry.name], leaves[entry.path]) for entry in entries}
+    return {entry.path: converted(source, entry, arrays[entry.name], leaves[entry.path]) for entry in entries}
 
 
 def classifier(
@@ -110,7 +110,7 @@ def classifier(
     shapes = ((features, identities), (identities,))
     leaves = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     entries = (Entry("kernel", kernel, axes), Entry("bias", bias))
-    found = [_leaf(source, entry, arrays[entry.name], leaf) for entry, leaf in zip(entries, leaves, strict=True)]
+    found = [converted(source, entry, arrays[entry.name], leaf) for entry, leaf in zip(entries, leaves, strict=True)]
     if not identities:
         raise StructureError(source, bias, "float32[0]", "one value for each identity", "Get the file again.")
     return found[0], found[1]
@@ -131,12 +131,13 @@ def fold_scales(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return leaves
 
 
-def nest(leaves: Mapping[str, np.ndarray]) -> dict[str, Tree]:
+def nest(leaves: Mapping[str, Any]) -> dict[str, Tree]:
     """Return `{path: leaf}` as nested dicts."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
-def _leaf(source: str, entry: Entry, value: Any, wanted: Any) -> np.ndarray:
+def converted(source: str, entry: Entry, value: Any, wanted: Any) -> np.ndarray:
+    """Return an array of a source in our layout, float32: its shape is the wanted one, all its numbers are valid."""
     shape = list(wanted.shape)
     for axis, target in enumerate(entry.axes or ()):
         shape[target] = wanted.shape[axis]
@@ -173,6 +174,7 @@ def _host(source: str, name: str, value: Any) -> np.ndarray:
         ) from error
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
+    """Return the first names of a list, to put behind their number."""
     shown = ", ".join(repr(name) for name in names[:3])
     return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""

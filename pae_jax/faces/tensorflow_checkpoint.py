@@ -1,15 +1,14 @@
-"""FaceNet as a TensorFlow checkpoint, in its published form, read by TensorFlow."""
+"""FaceNet as a TensorFlow checkpoint, in its published form; TensorFlow is not needed."""
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 
-from pae_jax.data import open_file
 from pae_jax.errors import DataError
 from pae_jax.faces import tensorflow_weights
 from pae_jax.faces.placing import Weights
+from pae_jax.faces.tensorflow_tensors import read_tensors
 from pae_jax.trees import Tree
 
 
@@ -21,26 +20,11 @@ def read(folder: Path, template: Tree) -> Weights:
       template: our variables, concrete or abstract, for the shapes.
 
     Raises:
-      DataError: no checkpoint, an unreadable one, or TensorFlow is not installed.
+      DataError: no checkpoint, or a damaged one.
       StructureError: the weights of another network.
     """
     prefix = last_checkpoint(folder)
-    try:
-        import tensorflow  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"{folder}: reading a TensorFlow checkpoint needs the package tensorflow ({error}). Install it with "
-            "pip install tensorflow-cpu, or use a frozen graph or a facenet-pytorch state dict instead."
-        ) from error
-    for part in folder.glob(f"{glob.escape(prefix.name)}.*"):
-        open_file(part, "a part of a TensorFlow checkpoint").close()
-    try:
-        reader = tensorflow.train.load_checkpoint(str(prefix))
-        names = [name for name in reader.get_variable_to_shape_map() if not name.startswith("_")]
-        arrays = {name: reader.get_tensor(name) for name in names}
-    except Exception as error:  # a damaged file can raise many exception types
-        raise DataError(f"{prefix}: cannot be read as a checkpoint of TensorFlow: {error}") from error
-    return tensorflow_weights.place(prefix.name, arrays, template)
+    return tensorflow_weights.place(prefix.name, read_tensors(prefix, lambda name: not name.startswith("_")), template)
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -44,14 +44,9 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Source: the formats of safetensors and of PyTorch's serialised tensors.
     """
     path = Path(path).expanduser()
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        found = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except DataError:
-        raise
-    except Exception as error:  # a foreign or damaged file can raise many exception types
-        raise DataError(f"{path}: cannot be read as weights: {error}. Get the file again.") from error
+    if path.suffix == ".safetensors":
+        return _understood(path, _read_safetensors)
+    found = _understood(path, _read_pickle)
     for name in ("state_dict", "model"):
         inner = found.get(name) if isinstance(found, Mapping) else None
         found = inner if isinstance(inner, Mapping) else found
@@ -60,6 +55,55 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if not views:
         raise DataError(f"{path}: holds no state dict, a mapping of names to arrays. Save model.state_dict().")
     return {name: _array(path, name, view) for name, view in views.items()}
+
+
+def read_nested(path: str | Path) -> Any:
+    """Read all that a file of `torch.save` holds: nested dicts and lists of arrays, numbers and texts.
+
+    Args:
+      path: as in `read_weights`, without safetensors.
+
+    Returns:
+      What was saved, its tensors as NumPy arrays; a tensor that is saved at several places is one array.
+
+    Raises:
+      DataError: the file is missing, damaged or holds an object of another class; names it.
+
+    Source: the format of PyTorch's serialised tensors.
+    """
+    path = Path(path).expanduser()
+    found = _understood(path, _read_pickle)
+    return _understood(path, lambda path: _nested(path, found, "", {}))
+
+
+def _understood(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Turn whatever a foreign or damaged file raises into a `DataError`."""
+    try:
+        return read(path)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as weights: {error}. Get the file again.") from error
+
+
+def _nested(path: Path, value: Any, name: str, done: dict[int, Any]) -> Any:
+    """Return a tree with its views as arrays; a part that is met again is not built again."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if id(value) not in done:
+        done[id(value)] = _Reader  # until it is known what it becomes
+        if isinstance(value, _View):
+            found: Any = _array(path, name, value)
+        elif isinstance(value, Mapping):
+            found = {key: _nested(path, inner, f"{name}/{key}".lstrip("/"), done) for key, inner in value.items()}
+        elif isinstance(value, (list, tuple)):
+            found = [_nested(path, inner, f"{name}/{n}".lstrip("/"), done) for n, inner in enumerate(value)]
+        else:
+            raise DataError(f"{path}: '{name}' is a {type(value).__name__}; only arrays, numbers and texts are read.")
+        done[id(value)] = found
+    if done[id(value)] is _Reader:
+        raise DataError(f"{path}: '{name}' holds itself; only trees are read. Get the file again.")
+    return done[id(value)]
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -124,8 +168,15 @@ class _Reader(pickle.Unpickler):
         return self._storage(str(key), storage.dtype, count)
 
 
+def _read_pickle(path: Path) -> Any:
+    return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+
+
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, and torch.save does not compress")
         (index,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         folder = index.removesuffix("data.pkl")
         order = f"{folder}byteorder"
@@ -171,4 +222,6 @@ def _array(path: Path, name: str, view: _View) -> np.ndarray:
     if min((view.offset, *view.shape, *view.strides)) < 0 or (math.prod(view.shape) and last >= len(view.storage)):
         raise DataError(f"{path}: '{name}' reaches outside of its storage; the file is damaged. Get it again.")
     steps = [step * view.storage.itemsize for step in view.strides]
-    return np.lib.stride_tricks.as_strided(view.storage[view.offset :], view.shape, steps, writeable=False).copy()
+    array = np.lib.stride_tricks.as_strided(view.storage[view.offset :], view.shape, steps, writeable=False)
+    # A view that repeats its values is not copied: a few bytes of a file may describe a huge one.
+    return array if math.prod(view.shape) > len(view.storage) else array.copy()

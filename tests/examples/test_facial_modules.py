@@ -16,10 +16,11 @@ from PIL import Image
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 
+import pae_jax as pae
 from pae_jax.faces.losses import softmax
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "facial"
-PARTS = ("data", "folders", "presets", "report", "view")
+PARTS = ("csv", "data", "expressions", "files", "folders", "presets", "report", "view")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def script():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(EXAMPLES))
-    for name in ("facial_modules", *(f"facial_modules_{part}" for part in PARTS)):
+    for name in ("facial_modules", "inference", *(f"facial_modules_{part}" for part in PARTS)):
         sys.modules.pop(name, None)
 
 
@@ -131,6 +132,17 @@ def test_stages_have_the_columns_of_the_reference(finished):
     assert {"face", "age", "gender", "age (own network)", "gender (own network)"} == {row["Task"] for row in rows}
 
 
+def test_a_file_for_each_task_has_test_values_in_the_columns_of_the_authors(finished, results):
+    for row in results["tasks"]:
+        with (finished / "csv" / f"{row['task']}.csv").open() as file:
+            [found] = csv.DictReader(file)
+        accuracy = ["Acc Mean", "Acc Std"] if row["task"] == "face" else ["Acc"]
+        assert list(found)[: len(accuracy) + 2] == ["Pruned rate", *accuracy, "Epoch No."]
+        test = results["verification"]["packed"]["accuracy"] if row["task"] == "face" else row["test"]
+        assert float(found[accuracy[0]]) == pytest.approx(test, abs=1e-5)
+        assert float(found["Pruned rate"]) == pytest.approx(row["pruned"], abs=1e-5)
+
+
 def test_sizes_say_which_they_are(results, script):
     size = results["sizes"]
     assert size["paper_total"] == sum(size["paper_bytes"].values()) < sum(size["paper_separate"].values())
@@ -144,7 +156,8 @@ def test_the_separate_networks_of_the_paper_are_reproduced_by_the_formula(script
     report, data = script.report, {"whole": 23_432_032, "norms": 3 * 14_800, "biases": 20_992, "kernels": 133}
     sizes = [round(4 * (sum(data.values()) + 513 * classes) / 2**20, 3) for classes in (0, 8, 2)]
     assert sizes == [89.636, 89.652, 89.64]
-    assert round(report.PUBLISHED_TOTAL / report.PUBLISHED_SEPARATE, 3) == 0.364
+    shares = {number: report.PUBLISHED_TOTAL[number] / report.PUBLISHED_SEPARATE[number] for number in (1, 2)}
+    assert {number: round(share, 3) for number, share in shares.items()} == {1: 0.364, 2: 0.399}
 
 
 def test_the_report_has_its_pictures(finished):
@@ -175,9 +188,8 @@ def test_the_same_command_trains_nothing_again_and_ends_alike(command, finished,
 def test_a_run_that_was_stopped_ends_in_the_same_numbers(command, finished, results, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    for name in ("results.json", "accuracy.json"):
-        (copy / name).unlink()
-    for folder in (*copy.glob("02-*"), *copy.glob("03-*")):
+    (copy / "results.json").unlink()
+    for folder in (copy / "csv", *copy.glob("02-*"), *copy.glob("03-*")):
         shutil.rmtree(folder)
     command(copy)
     again = json.loads((copy / "results.json").read_text())
@@ -194,6 +206,26 @@ def test_all_modules_speak_of_a_picture(command, finished, inputs, tmp_path, cap
     assert "age: " in said
     assert "gender: " in said
     assert width(finished / "report" / "someone-modules.png") > 300
+
+
+def test_the_task_of_a_finished_run_is_measured_on_a_folder(script, finished, results, tmp_path):
+    rng = np.random.default_rng(4)
+    for gender, name in enumerate(results["classes"]["gender"]):
+        for shot in range(3):
+            path = tmp_path / "gender" / name / f"{shot}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(face(rng, 30, gender)))
+    inference = importlib.import_module("inference")
+    words = [finished / results["stage"], "--task", "gender", "--data", tmp_path / "gender", "--preset", "tiny"]
+    inference.main([str(word) for word in (*words, "--out", tmp_path / "out")])
+    with (tmp_path / "out" / "gender.csv").open() as file:
+        [row] = csv.DictReader(file)
+    with (finished / "stages.csv").open() as file:
+        own = [stage for stage in csv.DictReader(file) if stage["Task"] == "gender"]
+    assert row["Epoch No."] in {stage["Epoch No."] for stage in own}
+    assert row["Task specific masks (MB)"] in {stage["Task specific masks (MB)"] for stage in own}
+    assert 0 <= float(row["Acc"]) <= 1
+    assert width(tmp_path / "out" / "gender.png") > 300
 
 
 BAD_PICTURES = {
@@ -291,6 +323,117 @@ def test_a_folder_of_other_settings_or_of_something_else_is_left_alone(command, 
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.fixture(scope="module")
+def second(script, inputs, tmp_path_factory):
+    """Experiment 2 on the synthetic faces."""
+    rng, out = np.random.default_rng(6), tmp_path_factory.mktemp("runs") / "second"
+    label = np.arange(96) // 3 % 7
+    images = [encoded(face(rng, 10 * shown, 0)) for shown in label]
+    arrays = {"bytes": np.frombuffer(b"".join(images), np.uint8), "offsets": np.cumsum([0, *map(len, images)])}
+    names = np.array(["neutral", "happy", "sad", "surprise", "fear", "disgust", "anger"])
+    np.savez(inputs / "expressions.npz", label=label, label_names=names, split=np.arange(96) % 3, **arrays)
+    words = ["--preset", "tiny", "--experiment", "2", "--faces", inputs / "pack.npz", "--orl", inputs / "orl"]
+    script.main([str(word) for word in (*words, "--expressions", inputs / "expressions.npz", "--out", out)])
+    return out
+
+
+def test_experiment_2_learns_gender_in_an_expanded_network_and_sees_only_the_face_task(script, second):
+    found = json.loads((second / "results.json").read_text())
+    assert [row["task"] for row in found["tasks"]] == ["face", "expression", "gender"]
+    assert (found["identical"], found["forgetting"]) == (True, 0.0)
+    heads = {"face": script.FeatureHead(found["classes"]["face"])}
+    state = pae.load(script.network(script.PRESETS["tiny"](2)), second / found["stage"], heads=heads)
+    assert [state.tasks[name].width for name in ("face", "expression", "gender")] == [1.0, 1.0, pae.width_for(1.2)]
+    assert [state.tasks[name].sharing for name in ("expression", "gender")] == ["all", "first"]
+    separate = found["sizes"]["paper_separate"]
+    assert separate["expression"] - separate["face"] == 4 * 17 * 7  # networks of the first width, without the wider one
+    assert separate["gender"] - separate["face"] == 4 * 17 * 2
+    text = script.report.table(found)
+    assert "published for this experiment 39.9%" in text
+    assert "39.9 % that the paper claims is experiment 2 (face, expression, gender), by the formula; this one" in text
+
+
+def test_the_published_protocol_has_nine_rungs_and_no_goal_and_expands_only_for_the_last_task_of_experiment_2(script):
+    first, other = (script.PRESETS["paper"](number) for number in (1, 2))
+    for recipe in (first.recipe, first.recipe.first, other.recipe, other.recipe.first, other.grown):
+        assert (recipe.goal, recipe.expansion, recipe.batch_size) == (None, None, 90)
+        assert (recipe.ladder.choose, len(recipe.ladder.rungs)) == ("best_accuracy", 9)
+    assert first.grown is None
+    assert [p.recipe.ladder.phase.epochs for p in (first, other)] == [4, 5]
+    assert [p.recipe.first.ladder.phase.epochs for p in (first, other)] == [4, 4]
+    assert [p.own.train.rate.initial for p in (first, other)] == [1e-2, 2e-3]
+    for own in (first.own, other.own):
+        assert (own.batch_size, own.train.epochs, own.train.plateau) == (90, 500, pae.Plateau(15, 0.1, 2))
+        assert (own.head_first.epochs, own.head_first.parts) == (3, ("head",))
+        adam = own.train.optimizer
+        assert (adam.epsilon, adam.epsilon_hat, adam.weight_decay) == (0.1, True, 5e-4)
+
+
+def test_the_face_task_starts_from_the_classifier_of_the_weights_which_is_not_trained_first(script):
+    kernel, bias = np.full((16, 3), 0.5, np.float32), np.arange(3, dtype=np.float32)
+    preset = script.PRESETS["paper"](1)
+    assert preset.recipe.first.train.epochs == 1
+    assert preset.with_classifier().recipe.first.train.epochs == 0
+    net = script.network(script.PRESETS["tiny"](1))
+    state = script.unpruned(net, pae.init(net, jax.random.key(0)), script.face_head(3, (kernel, bias)))
+    head = state.tasks["face"].head["params"]
+    assert np.array_equal(head["kernel"], kernel)
+    assert np.array_equal(head["bias"], bias)
+
+
+def test_folds_have_their_mean_and_deviation(script):
+    def fold(age, megabytes):
+        tasks = [{"task": "face"}, {"task": "age", "test": age, "own_test": 0.5}]
+        verified = {part: {"accuracy": 0.99} for part in ("packed", "unpruned")}
+        sizes = {"paper_bytes": {"face": 2**20, "age": megabytes * 2**20}}
+        return {"tasks": tasks, "verification": verified, "sizes": sizes}
+
+    rows = script.tables.fold_rows([fold(0.25, 3), fold(0.75, 5)])
+    assert [row["Task"] for row in rows] == ["face", "age"]
+    assert [rows[1][name] for name in ("packed mean", "packed std")] == ["0.50000", "0.25000"]
+    assert [rows[1][name] for name in ("separate mean", "separate std", "MB mean")] == ["0.50000", "0.00000", "4.00000"]
+
+
+def test_all_folds_start_from_the_face_task_of_the_first(script, tmp_path, monkeypatch, capsys):
+    """With stand-ins for the runs of the folds, which other tests make."""
+
+    def learn_fold(options, preset, fold, out):
+        stage = out / "01-face" / "frozen"
+        assert stage.exists() == bool(fold)
+        if not fold:
+            for folder in (stage, out / "baseline-face" / "frozen"):
+                folder.mkdir(parents=True)
+            for name in ("settings.json", "start.npz"):
+                (out / name).write_text("{}")
+        tasks = [{"task": "face"}, {"task": "age", "test": fold / 4, "own_test": 0.5}]
+        verified = {part: {"accuracy": 0.99} for part in ("packed", "unpruned")}
+        return {"tasks": tasks, "verification": verified, "sizes": {"paper_bytes": {"face": 1, "age": 1}}}, None
+
+    monkeypatch.setattr(script, "learn_fold", learn_fold)
+    out = tmp_path / "out"
+    script.main(["--preset", "tiny", "--data", str(tmp_path), "--fold", "all", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == [*(f"fold-{n}" for n in range(5)), "folds.csv", "folds.json"]
+    with (out / "folds.csv").open() as file:
+        [face, age] = csv.DictReader(file)
+    assert [face["Task"], age["packed mean"]] == ["face", "0.50000"]
+    assert "packed mean" in capsys.readouterr().out
+
+
+WRONG_OPTIONS = {
+    "expressions in experiment 1": (("--expressions", "a.npz"), "--expressions .* belongs to --experiment 2"),
+    "no expressions in experiment 2": (("--experiment", "2"), "--expressions .* belongs to --experiment 2"),
+    "folds of a pack": (("--fold", "all"), "--fold all needs --data"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OPTIONS)
+def test_options_that_contradict_each_other_are_refused(kind, command, tmp_path):
+    more, message = WRONG_OPTIONS[kind]
+    with pytest.raises(SystemExit, match=message):
+        command(tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
 def write_folders(root):
     rng = np.random.default_rng(3)
 
@@ -384,7 +527,9 @@ def test_without_features_only_known_identities_count(script):
 
 def test_people_who_retrain_choose_and_are_measured_are_different(script, inputs):
     preset = script.PRESETS["tiny"]()
-    found = sys.modules["facial_modules_data"].local(preset, inputs / "pack.npz", inputs / "orl", jax.random.key(0))
+    found = sys.modules["facial_modules_data"].local(
+        preset, inputs / "pack.npz", None, inputs / "orl", jax.random.key(0)
+    )
     train, val = preset.people
     assert (len(found.val.images), len(found.test.images)) == (10 * val, 10 * (40 - train - val))
     known = found.faces.labels[found.faces.labels >= 0]

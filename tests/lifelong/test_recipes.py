@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pae_jax as pae
+from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd, plain
 
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -77,6 +78,25 @@ def test_pae_has_the_settings_of_the_authors_scripts():
         local_init="fresh",
         weight_init="zeros",
     )
+
+
+def test_pae_by_experiment_takes_the_best_of_all_rungs_without_a_goal_and_grows_by_hand():
+    """Scripts of both experiments, and of the task that is added to an expanded network."""
+    described, first, second = (pae.recipes.pae(experiment=number) for number in (None, 1, 2))
+    ladder = dataclasses.replace(described.ladder, choose="best_accuracy")
+    assert first == dataclasses.replace(described, goal=None, expansion=None, ladder=ladder)
+    longer = dataclasses.replace(ladder, phase=dataclasses.replace(ladder.phase, epochs=5))
+    assert second == dataclasses.replace(first, ladder=longer)
+    expanded = pae.recipes.pae(experiment=2, expanded=True)
+    slower = dataclasses.replace(longer, phase=dataclasses.replace(longer.phase, rate=Rate(2e-4)))
+    train = dataclasses.replace(second.train, rate=Rate(0.03))
+    assert expanded == dataclasses.replace(second, sharing="first", ladder=slower, train=train)
+
+
+@pytest.mark.parametrize("options", [{"experiment": 3}, {"experiment": True}, {"expanded": True}])
+def test_pae_refuses_another_experiment(options):
+    with pytest.raises(ArgumentError, match="experiment"):
+        pae.recipes.pae(**options)
 
 
 def test_packnet_has_the_settings_of_the_cifar_runs():

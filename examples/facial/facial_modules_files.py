@@ -1,0 +1,40 @@
+"""The folder of a run of facial_modules.py: JSON files that are never half written, and the settings of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pae_jax.errors import CheckpointError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file completely or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); restore it, or pass another --out") from error
+
+
+def check_folder(out: Path) -> None:
+    """Raise `CheckpointError` unless a folder is new, or holds runs or the images stored for one."""
+    known = any((folder / "settings.json").exists() for folder in (out, *out.glob("fold-*")))
+    if out.is_file() or (out.is_dir() and not known and any(path.name != "cache" for path in out.iterdir())):
+        raise CheckpointError(f"{out}: is a file or holds what this program did not make; pass another --out")
+
+
+def open_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of the run, or check that it was started with the same settings."""
+    record, mine = out / "settings.json", json.loads(json.dumps(settings))
+    if record.exists() and read_json(record) != mine:
+        raise CheckpointError(f"{out} was begun with other settings ({record}); pass another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, mine)
