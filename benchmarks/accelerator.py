@@ -1,6 +1,6 @@
 """One short run on an accelerator: train steps, the paper's protocol, pruning, serving and bit exactness.
 
-Command:   python benchmarks/accelerator.py --minutes 9      (--small on a CPU: tiny networks, half a minute)
+Command:   python benchmarks/accelerator.py --minutes 9      (--small on a CPU: tiny networks, some seconds)
 Expected:  packed / plain and user / plain <= 1.03; the CIFAR-100 paper protocol in 15 minutes for 20 tasks on an
            H100-class GPU; prune / step <= 1; every "bits" entry true except "compiled anew", where a GPU may choose
            other algorithms
@@ -131,9 +131,9 @@ def cases(small: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the measurements by name: full size for an accelerator, or tiny for a CPU."""
     if small:
         shape = (8, 8, 3)
-        models: dict[str, Any] = {"SmallCNN": pae.models.SmallCNN}
-        wanted = [("SmallCNN", shape, 8, dtype, 2) for dtype in ("float32", "bfloat16")]
-        model, size, images, epochs, repeats = pae.models.SmallCNN, 256, 64, 1, 2
+        models: dict[str, Any] = {"SmallCNN": functools.partial(pae.models.SmallCNN, channels=(8, 16))}
+        wanted = [("SmallCNN", shape, 8, "float32", 2)]
+        model, size, images, epochs, repeats = pae.models.MLP, 256, 64, 1, 2
     else:
         models = {name: build for name, (build, _) in step_overhead.MODELS.items()}
         wanted = [(name, step_overhead.MODELS[name][1], batch, dtype, calls) for name, batch, dtype, calls in STEPS]

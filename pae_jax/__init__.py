@@ -39,6 +39,7 @@ from pae_jax.errors import (
     NotPreservableError,
     PaeError,
     PhaseError,
+    ProcessError,
     StructureError,
     TrainingInterrupted,
     UnknownTaskError,
@@ -61,7 +62,7 @@ from pae_jax.lifelong import (
 from pae_jax.nets import Net, layout, linen, nnx, width_for
 from pae_jax.reports import report, sizes, transfer
 from pae_jax.serving import Inference, Server, SlimNet, TaskProgram, export, slim
-from pae_jax.storage import Certificate, certificate, load, read_bundle, read_metadata, save, write_bundle
+from pae_jax.storage import Certificate, Saving, certificate, load, read_bundle, read_metadata, save, write_bundle
 from pae_jax.training import (
     Best,
     Devices,
@@ -100,8 +101,10 @@ __all__ = [
     "PhaseError",
     "Picking",
     "Plateau",
+    "ProcessError",
     "Recipe",
     "Run",
+    "Saving",
     "Server",
     "SlimNet",
     "State",

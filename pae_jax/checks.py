@@ -20,6 +20,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False, found {value!r}")
+
+
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_end: bool = False
 ) -> float:

@@ -125,5 +125,9 @@ class NotPreservableError(PaeError, ValueError):
         super().__init__(message)
 
 
+class ProcessError(PaeError, RuntimeError):
+    """Another process that shares a call has failed, or is not where this one is."""
+
+
 class CheckpointError(PaeError, OSError):
     """A stage cannot be written, or is missing, incomplete, damaged or of another kind."""

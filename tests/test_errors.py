@@ -20,6 +20,7 @@ EXAMPLES = [
     pae.DivergedError("a", 3, None, None),
     pae.ForgettingError("a text"),
     pae.NotPreservableError("a text", ("one", "two")),
+    pae.ProcessError("a text"),
     pae.CheckpointError("a text"),
 ]
 
@@ -43,6 +44,7 @@ def test_every_error_is_a_pae_error_and_public():
         (pae.DivergedError, ArithmeticError),
         (pae.ForgettingError, RuntimeError),
         (pae.NotPreservableError, ValueError),
+        (pae.ProcessError, RuntimeError),
         (pae.CheckpointError, OSError),
     ],
 )

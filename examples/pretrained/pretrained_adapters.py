@@ -91,8 +91,8 @@ def _lora_of_kernels(encoder: Encoder, base: Flat, apply: Callable[..., jax.Arra
         return found
 
     def features(fixed: Flat, changed: Flat, x: Inputs) -> jax.Array:
-        product = lambda path: changed[f"{path}_lora_a"] @ changed[f"{path}_lora_b"]  # noqa: E731
-        return apply(fixed, {path: fixed[path] + product(path) for path in paths}, x)
+        products = {path: changed[f"{path}_lora_a"] @ changed[f"{path}_lora_b"] for path in paths}
+        return apply(fixed, {path: fixed[path] + products[path][None, None] for path in paths}, x)
 
     return Adapter(base, start, features)
 

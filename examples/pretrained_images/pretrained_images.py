@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96, help="pixels of a side at which the encoder sees the images")
     pretrained_run.add_options(parser, list(SUPERCLASSES), "runs/pretrained_images")
     options = parser.parse_args()
+    if options.quick and options.tasks == list(SUPERCLASSES):
+        options.tasks = options.tasks[:2]
     limits = Limits(train=options.train, size=options.size)
 
     def begin(seed: int, settings: Settings) -> pretrained_run.Experiment:

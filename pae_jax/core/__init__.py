@@ -18,6 +18,7 @@ from pae_jax.core.packing import init as init
 from pae_jax.core.packing import pack as pack
 from pae_jax.core.packing import release_unpicked as release_unpicked
 from pae_jax.core.picking import Picking as Picking
+from pae_jax.core.placement import Placement as Placement
 from pae_jax.core.pruning import CubicSchedule as CubicSchedule
 from pae_jax.core.pruning import Of as Of
 from pae_jax.core.pruning import prune as prune

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_key, check_width
-from pae_jax.core import ownership
+from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import Net, apply_backbone, batch_size, trial_inputs
@@ -47,7 +47,8 @@ def expand(
       A new state, with one more record in `state.growth`.
 
     Raises:
-      ArgumentError: a width that is not larger, or one that changes no layer.
+      ArgumentError: a width that is not larger, or one that changes no layer; or the devices on which a weight is
+        spread do not divide the wider one.
       PhaseError: the newest task is not frozen.
       NotPreservableError: the wide network does not compute the old function; names each layer, the reason and what to
         do.
@@ -70,12 +71,12 @@ def expand(
     if not maps.preserved and not accept_changes:
         raise _refusal(maps, state.width, width)
     weights_key, local_key = jax.random.split(check_key(key))
-    drawn, drawn_local = net.initial(weights_key, width)
-    shared = maps.put({PARAMS: state.shared}, {PARAMS: drawn})[PARAMS]
+    drawn, drawn_local = placement.drawn_wider(net, weights_key, width, state)
+    shared = placement.widened(maps, {PARAMS: state.shared}, {PARAMS: drawn})[PARAMS]
     wide = state.replace(
         shared=shared,
-        owner=maps.put({PARAMS: state.owner})[PARAMS],
-        local=None if state.local is None else maps.put(state.local, drawn_local),
+        owner=placement.widened(maps, {PARAMS: state.owner})[PARAMS],
+        local=None if state.local is None else placement.widened(maps, state.local, drawn_local),
         width=width,
         growth=(*state.growth, Growth(state.width, width, maps)),
         layout=layout_of(shared=shared, local=drawn_local),
@@ -128,7 +129,7 @@ def _refusal(maps: WidenMaps, narrow: float, wide: float) -> NotPreservableError
 
 def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Array) -> None:
     """Compare the old features with those of the wide network that holds only old weights, on the sample's shape."""
-    maps = new.growth[-1].maps
+    maps, old = new.growth[-1].maps, placement.automatic(old)
     last = newest(old)
     held = old.shared
     local = net.initial(key, old.width)[1] if old.local is None else old.local
@@ -137,8 +138,8 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
         everything = jax.tree.map(lambda owner: owner > ownership.FREE, old.owner)
         held = ownership.select(everything, old.shared)
         local = ownership.local_at_width(old, entry, local)
-    wide_held = maps.put({PARAMS: held})[PARAMS]
-    wide_local = maps.put(local, _zero_leaves(fresh, maps))
+    wide_held = placement.widened(maps, {PARAMS: held})[PARAMS]
+    wide_local = placement.widened(maps, local, _zero_leaves(fresh, maps))
     x = trial_inputs(net, batch_size(net.sample))[0]
     # The check compares sums of different order; the rounding of reduced-precision products on accelerators would
     # exceed its tolerance.

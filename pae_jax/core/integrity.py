@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.core import ownership
+from pae_jax.core.host_pieces import pieces
+from pae_jax.core.placement import is_spread
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.large_arrays import in_threads, packed_mask, selected
@@ -41,9 +43,10 @@ def array_digest(*arrays: Any) -> str:
     """Return the SHA-256 of dtype, shape and bytes of arrays, hexadecimal."""
     digest = hashlib.sha256()
     for array in arrays:
-        host = np.asarray(array, order="C")
+        host = array if is_spread(array) else np.asarray(array, order="C")
         digest.update(f"{host.dtype}{host.shape}".encode())
-        digest.update(host.tobytes() if host.ndim == 0 else host.reshape(-1).view(np.uint8).data)
+        for (piece,) in pieces(host):
+            digest.update(piece.view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -59,14 +62,23 @@ def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
     found = {"settings": _settings_digest(entry)}
 
     def owned(path: str) -> str:
-        ids, weights = (np.asarray(tree[path]).reshape(-1) for tree in (owner, shared))
+        if is_spread(leaves := (owner[path], shared[path])):
+            found = [(ids == entry.id, weights[ids == entry.id]) for ids, weights in pieces(*leaves)]
+            return array_digest(
+                np.packbits(np.concatenate([m for m, _ in found])), np.concatenate([w for _, w in found])
+            )
+        ids, weights = (np.asarray(leaf).reshape(-1) for leaf in leaves)
 
         def mine(block: slice) -> np.ndarray:
             return ids[block] == entry.id
 
         return array_digest(packed_mask(ids.size, mine), selected(weights, mine))
 
-    digests = in_threads([lambda path=path: owned(path) for path in shared], [leaf.size for leaf in shared.values()])
+    work = [lambda path=path: owned(path) for path in shared]
+    # Of spread arrays one at a time is brought to the host.
+    digests = (
+        [one() for one in work] if is_spread(shared) else in_threads(work, [leaf.size for leaf in shared.values()])
+    )
     found |= {f"shared/{path}": digest for path, digest in zip(shared, digests, strict=True)}
     for part, tree in (("local", entry.local), ("head", entry.head), ("pick", entry.pick or {})):
         found.update({f"{part}/{path}": array_digest(leaf) for path, leaf in flatten(tree).items()})
@@ -117,7 +129,8 @@ def verify(state: State) -> None:
     """Recompute the digest of every frozen task and compare.
 
     A task's digest is SHA-256 over the positions and values of its own weights at its own width, its local
-    variables, its head and its settings, as they were when `freeze` was called.
+    variables, its head and its settings, as they were when `freeze` was called. Of an array that is spread over
+    devices, one block of rows at a time is in the memory of the host.
 
     Args:
       state: the network.

@@ -14,7 +14,7 @@ import numpy as np
 
 from pae_jax.arrays import Counts, Masks, Owners, Pairs, Scores, Signs, TaskId, Weights
 from pae_jax.checks import is_traced
-from pae_jax.core import picking
+from pae_jax.core import picking, placement
 from pae_jax.core.state import State, TaskState, find
 from pae_jax.trees import PARAMS, Tree, flatten
 
@@ -113,11 +113,8 @@ _effective = jax.jit(effective, static_argnames="sharing")
 
 def at_width(state: State, tree: Tree, width: float) -> Tree:
     """Gather a tree parallel to `state.shared` at one of the widths the state has had."""
-    tree = {PARAMS: tree}
-    for growth in reversed(state.growth):
-        if growth.narrow >= width:
-            tree = growth.maps.take(tree)
-    return tree[PARAMS]
+    maps = tuple(growth.maps for growth in reversed(state.growth) if growth.narrow >= width)
+    return placement.gathered(maps, {PARAMS: tree})[PARAMS]
 
 
 def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
@@ -128,7 +125,7 @@ def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
     whole = growths[0].maps
     for growth in growths[1:]:
         whole = whole.then(growth.maps)
-    return whole.put(entry.local, fresh)
+    return placement.widened(whole, entry.local, fresh)
 
 
 def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:
@@ -137,7 +134,7 @@ def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:
         return None
     for growth in state.growth:
         if growth.narrow >= entry.width:
-            tree = growth.maps.put({PARAMS: tree})[PARAMS]
+            tree = placement.widened(growth.maps, {PARAMS: tree})[PARAMS]
     return tree
 
 

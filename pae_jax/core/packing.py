@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pae_jax.checks import check_choice, check_key, check_name, check_width, is_traced
-from pae_jax.core import claiming, integrity, ownership
+from pae_jax.core import claiming, integrity, ownership, placement
 from pae_jax.core.picking import Picking, settle
+from pae_jax.core.placement import Placement
 from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
@@ -17,20 +18,25 @@ from pae_jax.nets import Net, heads, own_variables, require_single_answers
 from pae_jax.trees import Tree, require_match
 
 
-def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
+def init(net: Net, key: jax.Array, width: float = 1.0, *, sharding: Placement | None = None) -> State:
     """Make a network in which every shared weight is free and no task exists.
 
     Args:
       net: from `pae.linen` or `pae.nnx`.
       key: random key; draws the initial values as the model does.
       width: channel factor handed to `build`, positive.
+      sharding: where the arrays lie, if on several devices: a function `(path, leaf) -> jax.sharding.Sharding`, or
+        `(mesh, specs)` with a PartitionSpec for each variable that is split, by path or as a tree; all others are whole
+        on every device. Paths are those of `pae.layout`. Every later state keeps this layout, on a mesh of automatic
+        axes.
 
     Returns:
       A state without tasks.
 
     Raises:
       StructureError: the model has no shareable leaf, or a leaf that cannot be handled (named).
-      ArgumentError: width is not positive and finite, or key is not a key.
+      ArgumentError: width is not positive and finite, key is not a key, or `sharding` names an unknown variable or does
+        not divide a shared weight.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -41,7 +47,7 @@ def init(net: Net, key: jax.Array, width: float = 1.0) -> State:
     """
     width = check_width(width)
     net.layout(width)
-    return _without_tasks(*net.initial(check_key(key), width), width)
+    return _without_tasks(*placement.drawn(net, check_key(key), width, sharding), width)
 
 
 def from_variables(net: Net, variables: Any, width: float = 1.0, *, dtype: Any = None) -> State:
@@ -83,7 +89,7 @@ def from_variables(net: Net, variables: Any, width: float = 1.0, *, dtype: Any =
 
 
 def _without_tasks(shared: Tree, local: Tree, width: float) -> State:
-    owner = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int8), shared)
+    owner = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int8, device=placement.sharding_of(w)), shared)
     return State(
         shared=shared, owner=owner, tasks={}, width=width, local=local, layout=layout_of(shared=shared, local=local)
     )
@@ -187,8 +193,8 @@ def pack(
     if budget is not None:
         shared = claiming.kept_free(state.shared, shared, owner)
     rule = (picking or Picking()) if sharing == "picked" else None
-    local = _starting_local(net, state, local_key, local_init)
-    variables = heads.initial(net, head, head_key, state.width)
+    local = placement.beside(_starting_local(net, state, local_key, local_init), state)
+    variables = placement.beside(heads.initial(net, head, head_key, state.width), state)
     picks = rule is not None and (rule.own or bool(state.tasks))
     pick = rule.scores(shared, jax.random.fold_in(weight_key, 1)) if rule is not None and picks else None
     if rule is not None and pick is not None and picks_from is not None:

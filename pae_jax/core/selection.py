@@ -145,13 +145,16 @@ def _row_counts(key: jax.Array, bounds: jax.Array) -> jax.Array:
 def _tie_end(key: jax.Array, bound: jax.Array, counts: jax.Array, missing: jax.Array) -> jax.Array:
     """Return the position before which exactly `missing` keys equal to a bound lie; uint32.
 
-    `counts` are the row counts below the bound and below its successor. They determine the row of the end, so only that
-    row is read.
+    `counts` are the row counts below the bound and below its successor. They determine the row of the end. That row is
+    selected, not indexed: of a leaf that is spread over devices, no more than one row then moves between them.
     """
     up_to_row = jnp.cumsum(counts[1] - counts[0])
     row = jnp.sum(up_to_row < missing)
     before = jnp.max(jnp.where(up_to_row < missing, up_to_row, 0))
-    entries = key.reshape(counts.shape[1], -1)[row]
+    axis = _row_axis(key.shape)
+    here = _positions(key.shape[:axis]) == row.astype(jnp.uint32)
+    here = here.reshape(*key.shape[:axis], *[1] * (key.ndim - axis))
+    entries = jnp.max(jnp.where(here, key, jnp.zeros((), key.dtype)), axis=tuple(range(axis))).reshape(-1)
     column = jnp.sum(jnp.cumsum(entries == bound, dtype=jnp.int32) < missing - before)
     end = row.astype(jnp.uint32) * jnp.uint32(entries.size) + column.astype(jnp.uint32) + 1
     return jnp.where(missing > 0, end, jnp.uint32(0))

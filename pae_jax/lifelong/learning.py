@@ -20,6 +20,7 @@ from pae_jax.lifelong.ordering import as_passed, in_order
 from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_place, check_stream, check_task, recipe_for
+from pae_jax.lifelong.processes import together
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name, matrix_of
 from pae_jax.lifelong.session import Session
@@ -51,6 +52,10 @@ def learn(
     and start again. Then climb the pruning ladder, take the rung that the recipe chooses, retrain, freeze. A run that
     was killed goes on from its last finished stage and ends in the same bits.
 
+    With a mesh over several processes, each of them makes the same call with the same whole arrays. Process 0 writes,
+    and its scores decide; after each stage all compare all arrays. Batches of a factory must be the same everywhere,
+    which cannot be checked. Without such a mesh every process learns for itself.
+
     Args:
       net: the network description the state was made with.
       state: the network; its newest task, if any, is frozen.
@@ -60,7 +65,7 @@ def learn(
       run: folder that makes the call resumable and keeps records; None works in memory alone.
       goal: value of the metric to reach; None takes the recipe's.
       upcoming: tasks still to come after this one; sets equal shares, and the room left when the goal is missed.
-      devices: as for `fit`; a run may go on with another number of devices.
+      devices: as for `fit`; a run may go on with another number of devices and processes.
       progress: show progress bars.
 
     Returns:
@@ -72,6 +77,7 @@ def learn(
       PhaseError: the newest task is not frozen.
       DataError, StructureError: unusable data, named.
       CheckpointError: the run folder belongs to other settings.
+      ProcessError: another process of the mesh failed, was given something else, or made no such call in 300 s.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, pae_jax as pae
@@ -88,10 +94,20 @@ def learn(
 
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
-    session = Session(net, recipe_for(state, recipe), check_key(key), run, devices_of(devices), progress)
-    check_place(net, state, task)
-    checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
-    return _learn(session, state, checked, goal, upcoming)
+    with _session(net, recipe_for(state, recipe), key, run, devices, progress) as session:
+        check_place(net, state, task)
+        checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
+        return _learn(session, state, checked, goal, upcoming)
+
+
+@contextlib.contextmanager
+def _session(
+    net: Net, recipe: Recipe, key: jax.Array, run: Run | None, devices: Devices | Mesh | None, progress: bool
+) -> Iterator[Session]:
+    """Yield the settings of a call, which all processes that own the devices make."""
+    where = devices_of(devices)
+    with together(where.mesh, run is not None) as processes:
+        yield Session(net, recipe, check_key(key), run, where, progress and processes.first, processes)
 
 
 def _learn(session: Session, state: State, checked: CheckedTask, goal: float | None, upcoming: int | None) -> Outcome:
@@ -137,9 +153,11 @@ def _learner(
     """Yield what learns a task, with its folder held if there is a run."""
     with contextlib.ExitStack() as stack:
         folder = None
-        if session.run is not None:
+        if session.run is not None or not session.processes.alone:
             settings = settings_of(session, checked, state, goal, upcoming, title)
-            folder = stack.enter_context(session.run.task_folder(name, settings))
+            session.processes.require_same(f"task {title}", settings)
+            if session.run is not None:
+                folder = stack.enter_context(session.run.task_folder(name, settings, session.processes))
         yield Learner(session, checked, state, goal, upcoming, folder, title)
 
 
@@ -164,7 +182,7 @@ def baseline(
       run: folder that keeps the network, in `baseline-<task>`; asked again, it is not trained again.
       start: a network without tasks to start from, such as a pretrained one, which trains the recipe's `parts`; None
         draws one at width 1, which trains as a whole.
-      devices: as for `fit`; a run may go on with another number of devices.
+      devices: as for `fit`; a run may go on with another number of devices and processes.
       progress: show progress bars.
 
     Returns:
@@ -183,8 +201,8 @@ def baseline(
       >>> pae.baseline(net, task, recipe, key=jax.random.key(0)) > 0.9
       True
     """
-    session = Session(net, recipe, check_key(key), run, devices_of(devices), progress)
-    return _alone(session, task, start).value()
+    with _session(net, recipe, key, run, devices, progress) as session:
+        return _alone(session, task, start).value()
 
 
 def own_network(
@@ -199,8 +217,8 @@ def own_network(
     progress: bool = False,
 ) -> Outcome:
     """Train the task's own network, as `baseline` does, and return all that came of it."""
-    session = Session(net, recipe, check_key(key), run, devices_of(devices), progress)
-    return _alone(session, task, start).outcome()
+    with _session(net, recipe, key, run, devices, progress) as session:
+        return _alone(session, task, start).outcome()
 
 
 @dataclass(frozen=True)
@@ -313,6 +331,8 @@ def learn_all(
 ) -> Stream:
     """Learn a stream of tasks, and measure every task's test data after each one.
 
+    Several processes learn together as by `learn`.
+
     Args:
       net: the network description the state was made with.
       state: the network before the first of these tasks.
@@ -323,7 +343,7 @@ def learn_all(
       goals: `{task: value}` for those that have one; the recipe's goal for the others.
       order: the order of learning: all names of a list of tasks, or a random key that draws a permutation. None takes
         the tasks as they come. A run records it and refuses another one.
-      devices: as for `fit`; a run may go on with another number of devices.
+      devices: as for `fit`; a run may go on with another number of devices and processes.
       progress: show progress bars.
 
     Returns:
@@ -340,34 +360,44 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
-    where = devices_of(devices)
-    tasks, positions = in_order(tasks, order)
-    known_tasks = check_stream(net, state, tasks, recipe, goals, where)
+    with _session(net, recipe, key, run, devices, progress) as session:
+        return _learn_all(session, state, *in_order(tasks, order), goals)
+
+
+def _learn_all(
+    session: Session, state: State, tasks: Sequence[Task], positions: list[int], goals: Mapping[str, float] | None
+) -> Stream:
+    """Do the work of `learn_all`."""
+    net, run, ask = session.net, session.run, session.processes.ask
+    known_tasks = check_stream(net, state, tasks, session.recipe, goals, session.devices)
+    given = as_passed(tasks, positions)
     if run is not None:
-        run.require_order(as_passed(tasks, positions), positions)
+        ask("order", lambda run=run: run.require_order(given, positions))
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
-    for number, task in enumerate(progress_bar(tasks, title=recipe.name, unit="task", shown=progress)):
-        session = Session(net, recipe_for(state, recipe), check_key(key), run, where, progress)
+    title, recipe = session.recipe.name, session.recipe
+    for number, task in enumerate(progress_bar(tasks, title=title, unit="task", shown=session.progress)):
+        session = replace(session, recipe=recipe_for(state, recipe))
         goal, upcoming = None if goals is None else goals.get(task.name), len(tasks) - number - 1
         check_place(net, state, task)
         checked = known_tasks.pop(task.name, None)
         if checked is None:
-            checked = check_task(net, state, task, session.recipe, goal, upcoming, where)
+            checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         outcome = _learn(session, state, checked, goal, upcoming)
         if run is not None and not number:  # nothing is written by a call that is refused
-            run.record_order(as_passed(tasks, positions), positions)
+            run.record_order(given, positions)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:
             break
         if outcome.test is None or not task.metric.higher_is_better or not 0.0 <= outcome.test <= 1.0:
             continue
-        known = run.accuracies(task.name) if run is not None else None
+        known = None if run is None else ask("accuracies", lambda run=run, task=task: run.accuracies(task.name))
         if known is None:
             known = {one.task.name: one.measured(state, "test") for one in measured}
             known[task.name] = outcome.test
+            known = session.processes.agree("accuracies of all tasks", known)
             if run is not None:
                 run.record_accuracies(task.name, known)
         rows[task.name] = known

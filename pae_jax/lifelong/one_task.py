@@ -33,6 +33,7 @@ from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask
 from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.reports import sizes
+from pae_jax.storage import digests
 from pae_jax.training import Best, History, Training, scores_of, trained
 
 DEAD_SHARE = 0.25
@@ -68,9 +69,12 @@ class Learner:
     ):
         self.session, self.checked, self.start, self.upcoming = session, checked, start, upcoming
         self.net, self.recipe, self.run = session.net, session.recipe, session.run
+        self.processes = session.processes
+        self.background = session.run is not None and session.run.background
         self.task, self.folder, self.title = checked.task, folder, title
         self.goal = Goal(self.task.metric, goal, self.recipe.tolerance)
         self.records: list[StageRecord] = []
+        self.unlogged: list[StageRecord] = []  # of stages that may not be on disk yet
         self.heads = {name: e.head_spec for name, e in start.tasks.items() if not isinstance(e.head_spec, int)}
         if not isinstance(self.task.head, int):
             self.heads[self.task.name] = self.task.head
@@ -129,7 +133,8 @@ class Learner:
         options |= {"picking": recipe.picking if recipe.sharing == "picked" else None}
         nearest = None
         if "nearest" in (recipe.picks_from, recipe.local_init):
-            nearest = nearest_task(state, self.checked.form(state.width), self.checked.training_data, key)
+            found = nearest_task(state, self.checked.form(state.width), self.checked.training_data, key)
+            nearest = self.processes.agree("nearest task", found)
         options |= {"local_init": _local_init(state, recipe, nearest), "allow_empty": recipe.allow_empty}
         if recipe.picks_from == "nearest":
             options["picks_from"] = nearest
@@ -214,7 +219,8 @@ class Learner:
         state = freeze(chosen.network(), self.task.name)
         test = None
         if self.task.test is not None:
-            test = self.checked.measured(state, "test")
+            test = self._measure(state, "test")
+        self._settle()
         status = Status.LEARNED
         if self.goal.value is not None:
             status = Status.GOAL_MET if self.goal.met_by(chosen.record) else Status.GOAL_MISSED
@@ -276,19 +282,34 @@ class Learner:
     def _stage(self, label: str, make: Callable[[str], tuple[State | None, StageRecord]]) -> Stage:
         """Return a stage from disk, or compute and write it."""
         stage = self.folder.find(self.net, label, self.heads) if self.folder is not None else None
+        written = stage is not None or not self.background
         if stage is None:
             self._log("started", {"stage": label})
             state, record = make(label)
+            self._require_same(label, state, record)
+            self._settle()
             if self.folder is not None and self.run is not None:
                 self.run.scalars(record)  # before the stage, or a process killed in between would lose them
                 self.folder.put(label, record, state, {})
             stage = Stage(record, None if state is None else lambda: state)
-        self.records.append(found := stage.record)
-        facts = {"value": found.value, "pruned": found.pruned, "epochs": found.epochs, "width": found.width}
-        self._log("diverged" if found.diverged else "finished", {"stage": label, **facts}, once=True)
+        self.records.append(stage.record)
+        self.unlogged.append(stage.record)
+        if written or stage.record.diverged:
+            self._settle()
+        return stage
+
+    def _settle(self) -> None:
+        """Wait until all stages so far are on disk; then log them and enter them in the table."""
+        if not self.unlogged:
+            return
+        if self.folder is not None:
+            self.folder.settle()
+        for found in self.unlogged:
+            facts = {"value": found.value, "pruned": found.pruned, "epochs": found.epochs, "width": found.width}
+            self._log("diverged" if found.diverged else "finished", {"stage": found.stage, **facts}, once=True)
+        self.unlogged.clear()
         if self.run is not None:
             self.run.write_table()
-        return stage
 
     def _measured(
         self,
@@ -329,8 +350,8 @@ class Learner:
         return state, replace(
             record,
             pruned=free / (own + free) if own + free else 0.0,
-            value=self.checked.measured(state, "val") if self.task.val is not None else math.nan,
-            train_value=self.checked.measured(state, "train") if train_value else None,
+            value=self._measure(state, "val") if self.task.val is not None else math.nan,
+            train_value=self._measure(state, "train") if train_value else None,
             epochs=earlier + len(rows),
             kept_epoch=kept,
             weights=own,
@@ -368,12 +389,22 @@ class Learner:
             rates=lambda step: (pick_rate(step), rate(step)),
             on_epoch=None if ends is None else _collecting(ends),
             progress=self.session.progress,
+            agree=lambda row: self.processes.agree("epoch", row),
         )
         optimizer = at_phase_rate(phase.optimizer)
         if picked:
             optimizer = WithPicks(optimizer, at_phase_rate(phase.pick_optimizer))
         parts = (*phase.parts, *(["pick"] if picked else []))
         return trained(training, optimizer, self.recipe.batch_size, parts)
+
+    def _measure(self, state: State, part: str) -> float:
+        return self.processes.agree(f"{part} metric", self.checked.measured(state, part))
+
+    def _require_same(self, label: str, state: State | None, record: StageRecord) -> None:
+        """Raise `ProcessError` unless all processes have made the same stage, bit for bit."""
+        if not self.processes.alone:
+            arrays = {} if state is None else digests(state)
+            self.processes.require_same(f"{self.title}, {label}", {"record": record.to_json(), "network": arrays})
 
     def _log(self, event: str, facts: Mapping[str, str | float | None], *, once: bool = False) -> None:
         if self.run is not None and self.folder is not None:

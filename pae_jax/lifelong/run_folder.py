@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import jax
 
-from pae_jax.checks import check_choice, check_number
-from pae_jax.errors import ArgumentError, CheckpointError
+from pae_jax.checks import check_choice, check_flag, check_number
+from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import StageRecord
+from pae_jax.lifelong.processes import Processes
 from pae_jax.lifelong.task_folder import TaskFolder
 from pae_jax.storage import files
 
@@ -41,14 +42,20 @@ class Run:
 
     Several jobs may use one run for different tasks. Of two that learn the same task, the second waits.
 
+    Of the processes of one job, which all make it, process 0 alone writes; all of them must see the folder. A run may
+    go on with another number of processes: what is frozen is the same bits, later sums may be in another order.
+
     Args:
       path: the folder, on this machine; made if need be. `~` is the home folder.
       keep: "frozen" removes the other stages of a task once it is frozen, "all" keeps them.
       wait: seconds to wait for another job that uses the same files; then a `CheckpointError` names that job.
+      background: train on while the last stage is written, as by `save(wait=False)`; one stage at a time, which costs
+        the bytes of the network in host memory. `learn` returns or raises once all are written, and stages and table
+        are the same. A kill also loses the stage that is being written, and the training since then.
 
     Raises:
       CheckpointError: the path is a file, is remote, or cannot be made.
-      ArgumentError: several processes of a distributed run.
+      ArgumentError: an argument out of its range.
 
     Example:
       >>> import tempfile, pae_jax as pae
@@ -57,17 +64,31 @@ class Run:
       []
     """
 
-    def __init__(self, path: str | Path, *, keep: Literal["frozen", "all"] = "frozen", wait: float = 60.0):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        keep: Literal["frozen", "all"] = "frozen",
+        wait: float = 60.0,
+        background: bool = False,
+    ):
         check_choice("keep", keep, ("frozen", "all"))
+        check_flag("background", background)
         self.path, self.keep, self.wait = files.local_path(path), keep, check_number("wait", wait, 0.0)
-        if jax.process_count() > 1:
-            raise ArgumentError(f"a run is written by one process, found {jax.process_count()}; learn without run=")
+        self.background = background
+        self._writer: Any = None
+        if not self._writes:
+            return
         with files.disk_errors(f"cannot use the run folder {self.path}"):
             if self.path.exists() and not self.path.is_dir():
                 raise CheckpointError(f"{self.path} is a file; a run is a folder")
             files.make_folder(self.path)
             files.remove_leftovers(self.path)
-        self._writer: Any = None
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes."""
+        return not jax.process_index()
 
     @property
     def rows(self) -> list[dict[str, str]]:
@@ -88,6 +109,8 @@ class Run:
 
         None takes the row out.
         """
+        if not self._writes:
+            return
         with self.lock():
             rows = self._accuracies()
             if accuracies is None and after not in rows:
@@ -114,7 +137,7 @@ class Run:
 
     def record_order(self, tasks: list[str] | int, order: list[int]) -> None:
         """Record in which order a stream is learned, as for `require_order`."""
-        if not self.require_order(tasks, order):
+        if self._writes and not self.require_order(tasks, order):
             with self.lock():
                 streams = [*self._streams(), {"tasks": tasks, "order": order}]
                 files.write_sealed(self.path / "order.json", {"streams": streams})
@@ -137,6 +160,8 @@ class Run:
           facts: to which folder, in which stage, and what came of it.
           once: whether a line of the same event, folder and stage is enough.
         """
+        if not self._writes:
+            return
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         if once and _which({"event": event, **known}) in self._events():
             return
@@ -146,38 +171,47 @@ class Run:
             files.append_line(self.path / "events.jsonl", text)
 
     @contextlib.contextmanager
-    def task_folder(self, name: str, settings: Mapping[str, Any]) -> Iterator[TaskFolder]:
+    def task_folder(self, name: str, settings: Mapping[str, Any], processes: Processes) -> Iterator[TaskFolder]:
         """Yield the folder of a task, new or as an earlier process with the same settings left it.
 
-        While it is open no other job can write into it; one of a finished task is only read.
+        While it is open no other job can write into it; one of a finished task is only read. It closes once all of its
+        stages are on the disk.
 
         Args:
           name: of the folder, by `folder_name`.
           settings: JSON that decides what the task's stages hold: recipe, key, data, the network before it. Its
             "task" is the name in the table.
+          processes: those that learn the task.
 
         Raises:
           CheckpointError: the folder was begun with other settings, of which the first that differs is named; it is
             damaged; or another job is learning the task.
         """
-        folder = TaskFolder(self.path / name, json.loads(json.dumps(settings)))
+        folder = TaskFolder(self.path / name, json.loads(json.dumps(settings)), processes, self.background)
         with contextlib.ExitStack() as stack:
-            with files.disk_errors(f"cannot use the folder {folder.path}"):
-                in_use = not folder.finished or (folder.path / ".lock").exists()
-                if in_use:
-                    files.make_folder(folder.path)
+            processes.ask(f"folder {name}", lambda: self._open(folder, settings["task"], stack))
+            with folder.closing():
+                yield folder
+
+    def _open(self, folder: TaskFolder, task: str, stack: contextlib.ExitStack) -> None:
+        """Lock the folder of a task for as long as `stack` is open, and make it ready."""
+        with files.disk_errors(f"cannot use the folder {folder.path}"):
+            in_use = not folder.is_finished() or (folder.path / ".lock").exists()
             if in_use:
-                stack.enter_context(files.locked(folder.path / ".lock", self.wait))
-            if not folder.resume():
-                with self.lock():
-                    number = 1 + max((one.number for one in self._folders()), default=0)
-                    folder.begin(number)
-                # Whatever the run knows of this task comes from a folder that is no longer there.
-                self.record_accuracies(settings["task"], None)
-            yield folder
+                files.make_folder(folder.path)
+        if in_use:
+            stack.enter_context(files.locked(folder.path / ".lock", self.wait))
+        if not folder.resume():
+            with self.lock():
+                number = 1 + max((one.number for one in self._folders()), default=0)
+                folder.begin(number)
+            # Whatever the run knows of this task comes from a folder that is no longer there.
+            self.record_accuracies(task, None)
 
     def write_table(self) -> None:
         """Write `stages.csv` with a row for each stage that is on disk; nothing if it is as it should be."""
+        if not self._writes:
+            return
         path = self.path / "stages.csv"
         with contextlib.suppress(CheckpointError):
             if files.read_bytes(path) == _table(self.rows):
@@ -187,6 +221,8 @@ class Run:
 
     def scalars(self, record: StageRecord) -> None:
         """Write the epochs of a new stage for TensorBoard, if tensorboardX is installed."""
+        if not self._writes:
+            return
         if self._writer is None:
             self._writer = _scalars(self.path / "tensorboard")
         if not self._writer:
@@ -209,7 +245,9 @@ class Run:
         """Return the folders of tasks in the order in which they were begun."""
         with files.disk_errors(f"cannot read the run folder {self.path}"):
             paths = sorted(entry for entry in self.path.iterdir() if entry.is_dir())
-        folders = [TaskFolder(path, None) for path in paths if not path.name.startswith(files.ASIDE)]
+        folders = [
+            TaskFolder(path, None, Processes(), False) for path in paths if not path.name.startswith(files.ASIDE)
+        ]
         return sorted((folder for folder in folders if folder.number), key=lambda folder: folder.number)
 
     def _accuracies(self) -> dict[str, dict[str, float]]:

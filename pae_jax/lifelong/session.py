@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from pae_jax.lifelong.processes import Processes
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run
 from pae_jax.nets import Net
@@ -24,6 +25,7 @@ class Session:
       run: run folder, so that the call can be resumed; None keeps everything in memory.
       devices: where to train.
       progress: whether to show progress bars.
+      processes: those that share the call.
     """
 
     net: Net
@@ -32,6 +34,7 @@ class Session:
     run: Run | None
     devices: Devices
     progress: bool
+    processes: Processes
 
     def stage_key(self, task: str, stage: str) -> jax.Array:
         """Return the random key of a stage."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from pae_jax.core import State
-from pae_jax.errors import CheckpointError
+from pae_jax.errors import CheckpointError, PaeError
+from pae_jax.lifelong.comparing import difference
 from pae_jax.lifelong.policy import Stage, StageRecord
+from pae_jax.lifelong.processes import Processes
 from pae_jax.nets import Net
-from pae_jax.storage import files, load, read_metadata, save
+from pae_jax.storage import Saving, files, load, read_metadata, save
 
 FROZEN = "frozen"
 _BEGUN = ("folder", "number", "settings")
@@ -24,17 +29,28 @@ class TaskFolder:
     Each stage says of which folder it is, the how-manieth folder of its run, and with which settings it was made;
     `settings.json` repeats that, and is made again where it is lost.
 
+    Of several processes that learn together the first one alone reads and writes the files; all of them read the
+    arrays of a stage, so they must see the folder.
+
     Args:
       path: the folder.
       settings: what its stages must have been made with; None to read whatever is there.
+      processes: those that learn the task.
+      background: whether stages are written in the background, one at a time.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any] | None):
-        self.path, self._settings, self._made = path, settings, 0
+    def __init__(self, path: Path, settings: dict[str, Any] | None, processes: Processes, background: bool):
+        self.path, self._settings, self._processes, self._background = path, settings, processes, background
+        self._made = 0
+        self._saving: Saving | None = None
 
     @property
     def finished(self) -> bool:
         """Whether the task is frozen."""
+        return self._processes.ask(f"{self.path.name} finished", self.is_finished)
+
+    def is_finished(self) -> bool:
+        """Return whether the task is frozen, without asking another process."""
         with files.disk_errors(f"cannot read {self.path}"):
             return (self.path / FROZEN).exists()
 
@@ -77,25 +93,72 @@ class TaskFolder:
 
     def find(self, net: Net, label: str, heads: Mapping[str, Any]) -> Stage | None:
         """Return a stage that an earlier process has finished, None if there is none."""
+        found = self._processes.ask(f"{self.path.name} {label}", lambda: self._found(label))
+        if found is None:
+            return None
+        record, failed = StageRecord.from_json(found[0]), found[1]
+        self._made += 1
+        return Stage(record, None if failed else lambda: self._load(net, label, heads))
+
+    def _found(self, label: str) -> tuple[dict[str, Any], bool] | None:
+        """Return the record of a stage on disk, and whether it failed."""
         with files.disk_errors(f"cannot read {self.path}"):
             whole, failed = (self.path / label).exists(), (self.path / f"{label}.json").exists()
-        if not whole and not failed:
-            return None
-        record = StageRecord.from_json(self.metadata(label)["record"])
-        self._made += 1
-        return Stage(record, None if failed else lambda: load(net, self.path / label, heads=heads))
+        return (self._metadata(label)["record"], failed) if whole or failed else None
+
+    def _load(self, net: Net, label: str, heads: Mapping[str, Any]) -> State:
+        path = self.path / label
+        if not self._processes.alone:
+            if not path.is_dir():
+                raise CheckpointError(
+                    f"process {jax.process_index()} does not see {path}, which another process has written. Put the "
+                    "run in a folder that all of them share."
+                )
+            self._processes.require_same(f"stage {path}", {"sha256": read_metadata(path)["sha256"]})
+        return load(net, path, heads=heads)
 
     def put(self, label: str, record: StageRecord, state: State | None, more: Mapping[str, Any]) -> None:
-        """Write a stage; without a state, only the record of its failure."""
+        """Write a stage, or begin to in the background; without a state, only the record of its failure."""
+        self._processes.ask(f"writing {self.path.name} {label}", lambda: self._write(label, record, state, more))
+        self._made += 1
+
+    def _write(self, label: str, record: StageRecord, state: State | None, more: Mapping[str, Any]) -> None:
         facts = {"record": record.to_json(), "position": self._made, "begun": self._begun, **more}
         if state is None:
             files.write_sealed(self.path / f"{label}.json", facts)
+        elif self._background:
+            self._saving = save(self.path / label, state, facts, wait=False)
         else:
             save(self.path / label, state, facts)
-        self._made += 1
+
+    def settle(self) -> None:
+        """Return once what is written in the background is on the disk."""
+        if self._background:
+            self._processes.ask(f"written {self.path.name}", self._written)
+
+    def _written(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Wait at the end for what is written; what an error has left unwritten is a note of that error."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self._written()
+            except PaeError as unwritten:
+                error.add_note(str(unwritten))
+            raise
+        self._written()
 
     def metadata(self, label: str) -> dict[str, Any]:
         """Return what was stored beside a stage, or raise `CheckpointError` where that is of another stage or task."""
+        return self._processes.ask(f"metadata of {self.path.name} {label}", lambda: self._metadata(label))
+
+    def _metadata(self, label: str) -> dict[str, Any]:
         facts = self._facts(label)
         if self._settings is not None:
             _require_same(facts["begun"]["settings"], self._settings, self.path / label)
@@ -103,19 +166,26 @@ class TaskFolder:
 
     def records(self) -> list[StageRecord]:
         """Return the records of all stages that were tried, in order; the frozen one is the last."""
-        if self.finished:
-            facts = self.metadata(FROZEN)
-            return [StageRecord.from_json(record) for record in (*facts["records"], facts["record"])]
-        found = [self.metadata(label) for label in (*self._stages(), *self._failures())]
-        return [StageRecord.from_json(f["record"]) for f in sorted(found, key=lambda facts: facts["position"])]
+        found = self._processes.ask(f"records of {self.path.name}", self._records)
+        return [StageRecord.from_json(record) for record in found]
+
+    def _records(self) -> list[dict[str, Any]]:
+        if self.is_finished():
+            facts = self._metadata(FROZEN)
+            return [*facts["records"], facts["record"]]
+        found = [self._metadata(label) for label in (*self._stages(), *self._failures())]
+        return [facts["record"] for facts in sorted(found, key=lambda facts: facts["position"])]
 
     def freeze(self, records: list[StageRecord], record: StageRecord, state: State, more: Mapping[str, Any]) -> None:
         """Write the last stage, with the records of all that were tried, which outlive their stages."""
         self.put(FROZEN, record, state, {**more, "records": [one.to_json() for one in records]})
+        self.settle()
 
     def tidy(self, keep: str) -> None:
         """Write `records.json` for readers, and remove the stages that led to the frozen one unless all are kept."""
-        path, facts = self.path / "records.json", {"records": self.metadata(FROZEN)["records"]}
+        if not self._processes.first:
+            return
+        path, facts = self.path / "records.json", {"records": self._metadata(FROZEN)["records"]}
         try:
             known = files.read_sealed(path) == facts
         except CheckpointError:
@@ -157,16 +227,12 @@ class TaskFolder:
         return [path.stem for path in found if path.stem not in ("settings", "records")]
 
 
-def _require_same(found: Any, mine: Any, folder: Path, name: str = "") -> None:
+def _require_same(found: Any, mine: Any, folder: Path) -> None:
     """Raise `CheckpointError` naming the first leaf in which two settings differ."""
-    if isinstance(found, dict) and isinstance(mine, dict):
-        for entry in [*mine, *(entry for entry in found if entry not in mine)]:
-            _require_same(found.get(entry), mine.get(entry), folder, f"{name}.{entry}" if name else entry)
-    elif isinstance(found, list) and isinstance(mine, list) and len(found) == len(mine):
-        for position, pair in enumerate(zip(found, mine, strict=True)):
-            _require_same(*pair, folder, f"{name}[{position}]")
-    elif found != mine:
+    other = difference(found, mine)
+    if other is not None:
+        name, was, now = other
         raise CheckpointError(
-            f"{folder} was begun with other settings: '{name}' was {found!r} and is now {mine!r}. Use the same, or "
+            f"{folder} was begun with other settings: '{name}' was {was!r} and is now {now!r}. Use the same, or "
             "another run folder."
         )

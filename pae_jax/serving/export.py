@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count
-from pae_jax.core import State, find, integrity, names, ownership
+from pae_jax.core import State, find, integrity, names, ownership, placement
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.nets import Net, task_function
 from pae_jax.serving.all_tasks import at_widths
@@ -137,6 +137,8 @@ def export(
     function, operands = _all(net, state, listed) if task is None else _one(net, state, task)
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(operands).items()}
     structure = jax.tree.structure(operands)
+    if placement.is_spread(operands):  # the program is for one device
+        operands = jax.tree.unflatten(structure, list(map(jnp.asarray, arrays.values())))
 
     def inside(x: Tree) -> Tree:
         return function(_as_unknown(operands, x), x)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pae_jax.core import State, TaskState, check, find, freeze, integrity, layout_of, ownership, verify
+from pae_jax.core import State, TaskState, check, find, freeze, integrity, layout_of, ownership, placement, verify
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, trial_inputs
 from pae_jax.trees import PARAMS, Tree, flatten, merge, path_name
@@ -111,6 +111,8 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
         raise PhaseError("slim", task, "packed but not frozen", "fit, prune, freeze or drop of that task")
     integrity.require_own_net(net, state, [entry])
     verify(state)
+    state = placement.automatic(state)
+    entry = find(state, task)
     program, variables = net.program(entry.width), merge(ownership.task_weights(state, entry), entry.local)
 
     def features(variables: Tree, x: Tree) -> Tree:

@@ -1,5 +1,6 @@
 """States on disk."""
 
+from pae_jax.storage.background import Saving as Saving
 from pae_jax.storage.bundle import bundle_header as bundle_header
 from pae_jax.storage.bundle import open_any as open_any
 from pae_jax.storage.bundle import read_bundle as read_bundle
@@ -11,3 +12,4 @@ from pae_jax.storage.certificate import certificate as certificate
 from pae_jax.storage.checkpoint import load as load
 from pae_jax.storage.checkpoint import read_metadata as read_metadata
 from pae_jax.storage.checkpoint import save as save
+from pae_jax.storage.stage import digests as digests

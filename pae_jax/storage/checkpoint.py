@@ -10,10 +10,11 @@ import contextlib
 import errno
 import json
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,59 @@ import numpy as np
 import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
-from pae_jax.checks import check_number
-from pae_jax.core import State, integrity
+from pae_jax.checks import check_flag, check_number
+from pae_jax.core import Placement, State, integrity, placement
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError, StructureError
 from pae_jax.nets import Net
 from pae_jax.storage import files, stage
+from pae_jax.storage.background import Saving, wait_for_last
 from pae_jax.storage.shield import Decision, shielded
 from pae_jax.trees import Tree, describe, flatten, require_match
 from pae_jax.version import __version__
 
 _HALF = (".orbax-checkpoint-tmp", files.ASIDE)
 _JSON = "_CHECKPOINT_METADATA"
+_ORBAX = threading.Lock()  # it numbers the saves of a process: two at once remove each other's folders
 
 
-def save(path: str | Path, state: State, metadata: Mapping[str, Any] | None = None, *, timeout: float = 60.0) -> None:
+@overload
+def save(
+    path: str | Path,
+    state: State,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    timeout: float = 60.0,
+    wait: Literal[True] = True,
+) -> None: ...
+
+
+@overload
+def save(
+    path: str | Path,
+    state: State,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    timeout: float = 60.0,
+    wait: Literal[False],
+) -> Saving: ...
+
+
+def save(
+    path: str | Path,
+    state: State,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    timeout: float = 60.0,
+    wait: bool = True,
+) -> Saving | None:
     """Write a stage: one new folder that holds the whole state.
 
     It is there completely or not at all, whatever stops the process, and on the disk when this returns. Of two that
     write one path at once, one wins; the other raises. Ctrl-C stops it: no stage is written then.
+
+    With `wait=False` it returns once it has checked the state and copied it to the memory of the host, and writes the
+    copy in a thread. Whatever happens to the state's arrays then, such as a step that takes their buffers as its own
+    (`donate_argnums`), does not reach the stage. It costs the bytes of the state in host memory until it is written.
 
     Args:
       path: the folder, on this machine; it must not exist, its parent is made if need be. `~` is the home folder.
@@ -46,12 +82,17 @@ def save(path: str | Path, state: State, metadata: Mapping[str, Any] | None = No
       metadata: anything JSON can say, such as metrics; `read_metadata` gives it back.
       timeout: seconds. In a job of several processes process 0 writes, whether the others call or not; another one
         waits so long for what process 0 writes.
+      wait: whether to return only once the stage is on the disk.
+
+    Returns:
+      With `wait=False` a `Saving`: its `wait()` returns once the stage is on the disk, or raises. Otherwise None.
 
     Raises:
       ArgumentError: metadata is not JSON.
       StructureError: the state breaks a structural law, or is spread over the devices of several processes.
       CheckpointError: the folder exists, has a name that `load` refuses, cannot be written, the disk is full, or
-        process 0 did not write the same stage in time; other stages are untouched.
+        process 0 did not write the same stage in time; other stages are untouched. Or an earlier stage that this
+        thread saved with `wait=False` could not be written and nobody had waited for it; then this one is not either.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, pae_jax as pae
@@ -62,23 +103,39 @@ def save(path: str | Path, state: State, metadata: Mapping[str, Any] | None = No
       >>> equal = jax.tree.map(lambda a, b: bool((a == b).all()), pae.load(net, stage), state)
       >>> all(jax.tree.leaves(equal))
       True
+
+      In the background, while training goes on:
+
+      >>> saving = pae.save(stage + "-again", state, wait=False)
+      >>> saving.wait()
     """
     path, timeout = _stage_path(path), check_number("timeout", timeout, 0.0)
+    check_flag("wait", wait)
     _require_here(state)
     integrity.check(state)
     try:
         extra = json.loads(json.dumps(dict(metadata or {}), allow_nan=True))
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"metadata must be what JSON can say: {error}") from error
+    wait_for_last(path)
+    if not jax.process_index():
+        with files.disk_errors(f"cannot write the stage {path}"):
+            if os.path.lexists(path):
+                raise _exists(path)
+    if wait:
+        put, decision = _writer(path, state, extra, timeout), Decision()
+        return put(decision) if jax.process_index() else shielded(lambda: put(decision), decision.stop)
+    copy = jax.tree.map(np.array, state)
+    return Saving(path, lambda decision: _writer(path, copy, extra, timeout)(decision))
+
+
+def _writer(path: Path, state: State, extra: dict[str, Any], timeout: float) -> Callable[[Decision], None]:
+    """Take what a stage holds to the host, with its digests; return what writes it, or waits for process 0."""
     arrays = jax.tree.map(np.asarray, stage.arrays_of(state))
     facts = files.sealed(stage.describe(state, arrays, extra))
     if jax.process_index():
-        return _wait_for(path, facts, timeout)
-    with files.disk_errors(f"cannot write the stage {path}"):
-        if os.path.lexists(path):
-            raise _exists(path)
-    decision = Decision()
-    shielded(lambda: _write(path, arrays, facts, decision), decision.stop)
+        return lambda decision: _wait_for(path, facts, timeout)
+    return lambda decision: _write(path, arrays, facts, decision)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -105,13 +162,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _facts(files.local_path(path))
 
 
-def load(net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None) -> State:
+def load(
+    net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None, sharding: Placement | None = None
+) -> State:
     """Read a stage. Strict: every leaf must have the path, shape, dtype and checksum that was saved.
 
     Args:
       net: the same network description as at `save`.
       path: a folder written by `save`.
       heads: `{task: Flax module}` for tasks whose head is not a plain number of classes.
+      sharding: where the arrays lie, as for `init`; None reads them onto one device. Each device reads its own part,
+        and one block of rows of one array at a time is in the memory of the host, for its checksum.
 
     Returns:
       The state, equal to the saved one bit for bit.
@@ -119,7 +180,7 @@ def load(net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None) 
     Raises:
       CheckpointError: missing, half-written or damaged; not a stage of this library; a newer schema.
       StructureError: the stage belongs to another model; names the leaf.
-      ArgumentError: a head module is missing.
+      ArgumentError: a head module is missing, or `sharding` is refused as by `init`.
 
     Example: see `save`.
     """
@@ -128,7 +189,11 @@ def load(net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None) 
         facts, stored = contents(path)
         template = stage.template(net, facts, dict(heads or {}))
         require_match(f"stage {path.name}", stored, stage.arrays_of(template), "Is it a stage of this model?")
+        if sharding is not None:
+            plan = placement.planned(net, template, sharding)
+            stored = jax.tree.map(_with_sharding, stored, stage.arrays_of(plan))
         state = stage.join(template, facts, jax.tree.map(jnp.asarray, read_arrays(path, facts, stored)))
+        state = placement.place(net, state, sharding)
         integrity.check(state)
         return state
 
@@ -143,7 +208,10 @@ def contents(path: Path) -> tuple[dict[str, Any], Tree]:
 
 
 def read_arrays(path: Path, facts: dict[str, Any], stored: Tree) -> Tree:
-    """Return the arrays of a stage in the memory of the host, as they were saved; arguments as from `contents`."""
+    """Return the arrays of a stage as they were saved; arguments as from `contents`.
+
+    They are in the memory of the host, or where `stored` has a sharding, on its devices.
+    """
     return shielded(lambda: _arrays(path, facts, stored))
 
 
@@ -189,17 +257,20 @@ def _write(path: Path, arrays: Tree, facts: dict[str, Any], decision: Decision) 
             files.sync_tree(aside / "stage")
             _require_whole(aside / "stage", facts)
             try:
-                decision.publish(lambda: os.rename(aside / "stage", path))
+                published = decision.publish(lambda: os.rename(aside / "stage", path))
             except OSError as error:
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise _exists(path) from error
                 raise
+            if not published:
+                raise CheckpointError(f"an interrupt has stopped the writing of {path}; there is no stage. Save again.")
             files.sync_folder(path.parent)
 
 
 def _write_orbax(path: Path, arrays: Tree, facts: dict[str, Any]) -> None:
     if jax.process_count() == 1:
-        ocp.save(str(path), arrays, custom_metadata=facts)
+        with _ORBAX, _folders_first():
+            ocp.save(str(path), arrays, custom_metadata=facts)
         return
     # Orbax's present interface waits for all processes; its older one, of the same format, can be told not to.
     alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="pae")
@@ -207,8 +278,15 @@ def _write_orbax(path: Path, arrays: Tree, facts: dict[str, Any]) -> None:
         state=orbax.StandardCheckpointHandler(multiprocessing_options=alone),
         composite_options=orbax.CompositeOptions(multiprocessing_options=alone),
     )
-    with orbax.Checkpointer(handler, multiprocessing_options=alone) as writer:
+    with _ORBAX, orbax.Checkpointer(handler, multiprocessing_options=alone) as writer:
         writer.save(path, args=orbax.args.Composite(state=orbax.args.StandardSave(arrays)), custom_metadata=facts)
+
+
+def _folders_first() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Orbax makes its folders before it writes into them, in no other thread."""
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -250,13 +328,22 @@ def _stored(path: Path) -> Tree:
 
 
 def _arrays(path: Path, facts: dict[str, Any], stored: Tree) -> Tree:
-    """Return the arrays of a stage in the memory of the host, as they were saved."""
+    """Return the arrays of a stage, as they were saved."""
     with _orbax_errors(f"the arrays of stage {path} cannot be read; it is damaged"), _alone():
-        arrays = ocp.load(str(path), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+        arrays = ocp.load(str(path), jax.tree.map(_target, stored))
     for name, leaf in flatten(arrays).items():
         if integrity.array_digest(leaf) != facts["arrays"][name]["sha256"]:
             raise CheckpointError(f"stage {path} is damaged: '{name}' is not what was saved. Use another stage.")
     return arrays
+
+
+def _with_sharding(leaf: Any, plan: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.sharding)
+
+
+def _target(leaf: jax.ShapeDtypeStruct) -> Any:
+    """Return what asks Orbax for an array in the memory of the host, or on the devices of a sharding."""
+    return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
 
 
 def _require_whole(path: Path, facts: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def shielded(work: Callable[[], T], stop: Callable[[], None] | None = None) -> T
     thread = threading.Thread(target=run, daemon=True)
     try:
         thread.start()
-        ended.wait()
+        until(ended)
     except BaseException:
         if stop is not None:
             stop()
@@ -41,6 +41,12 @@ def shielded(work: Callable[[], T], stop: Callable[[], None] | None = None) -> T
     if errors:
         raise errors.pop()
     return results.pop()
+
+
+def until(event: threading.Event) -> None:
+    """Wait for an event. An interrupt that arrives just before Python blocks is noticed a second later at most."""
+    while not event.wait(1.0):
+        pass
 
 
 def _begun(thread: threading.Thread) -> bool:
@@ -63,8 +69,9 @@ class Decision:
         with self._mutex:
             self._stopped = True
 
-    def publish(self, act: Callable[[], Any]) -> None:
-        """Act, unless it was stopped."""
+    def publish(self, act: Callable[[], Any]) -> bool:
+        """Act, unless it was stopped; return whether it acted."""
         with self._mutex:
             if not self._stopped:
                 act()
+            return not self._stopped

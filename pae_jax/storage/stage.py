@@ -37,6 +37,11 @@ def arrays_of(state: State) -> Tree:
     return traverse_util.unflatten_dict(traverse_util.flatten_dict(parts))
 
 
+def digests(state: State) -> dict[str, str]:
+    """Return the start of the SHA-256 of every array of a state, by path."""
+    return {path: integrity.array_digest(leaf)[:16] for path, leaf in flatten(arrays_of(state)).items()}
+
+
 def _stored_pick(state: State, entry: TaskState) -> Tree:
     """Return the picks of a task as they are stored: scores as they are, signs as bits; {} if there are none."""
     if entry.pick is None:

@@ -93,6 +93,7 @@ class Training:
       rates: factors of the updates by step.
       on_epoch, on_step: callbacks of the user.
       progress: whether a progress bar is shown.
+      agree: returns the row of an epoch that all processes go by.
     """
 
     task: str
@@ -110,6 +111,7 @@ class Training:
     on_epoch: Callable[[State, Row], bool | None] | None = None
     on_step: Callable[[Row], bool | None] | None = None
     progress: bool = False
+    agree: Callable[[Row], Row] = dict
 
     def run(self, ts: TrainState, before: History | None = None) -> tuple[State, History]:
         """Train; return the network and the history."""
@@ -145,6 +147,8 @@ class _Loop:
             ts = self.carry.ts
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(ts)):  # between the step and its result
                 raise
+            if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(ts)):
+                raise  # to put it together, the other processes would have to be interrupted as well
             kept = jax.tree.map(jnp.copy, ts)
             history = History(tuple(self.rows), len(self.rows), kept, self.choice)
             raise TrainingInterrupted(self.of.task, self.taken, self._state(ts), history) from error
@@ -282,7 +286,7 @@ class _Loop:
             row |= {f"val_{name}": value for name, value in scores.items() if name != "count"}
         if of.keep is not None and of.keep.score is not None:
             row["score"] = float(of.keep.score(self._state(carry.ts)))
-        return row
+        return of.agree(row)
 
     def _ends(self, row: Row) -> bool:
         """Update the choice of the epoch; return whether training ends."""

@@ -103,18 +103,23 @@ class Devices:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def put_back(self, tree: Tree, before: Tree) -> Tree:
-        """Return a tree placed on the devices of the arrays of another tree with equal shapes."""
+        """Return a tree placed on the devices of the arrays of another tree with equal shapes.
+
+        Without a mesh only arrays that are spread over devices are placed: their layout is kept.
+        """
 
         def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
-            if len(old.sharding.device_set) > 1:
+            if isinstance(old, jax.Array) and len(old.sharding.device_set) > 1:
                 return jax.device_put(new, old.sharding)
+            if self.mesh is None:
+                return new
             # An array not committed to a device stays uncommitted, because compiled functions compile again for
             # committed ones.
             if not new.is_fully_addressable and not new.is_fully_replicated:
                 new = multihost_utils.process_allgather(new, tiled=True)
             return jnp.asarray(np.asarray(new))
 
-        return tree if self.mesh is None else jax.tree.map(leaf, tree, before)
+        return jax.tree.map(leaf, tree, before)
 
 
 def devices_of(devices: Devices | Mesh | None) -> Devices:

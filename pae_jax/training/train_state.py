@@ -20,7 +20,7 @@ from pae_jax.training import partial_gradients
 from pae_jax.training.optimizer import transformation
 from pae_jax.training.pickling import picklable
 from pae_jax.training.places import find_all, pairs, put, take
-from pae_jax.training.variables import joined, paths, strayed, with_updates, without_empty
+from pae_jax.training.variables import beside, joined, laid_like, paths, strayed, with_updates, without_empty
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
@@ -263,8 +263,9 @@ class TrainState:
         if isinstance(changes, optax.LookaheadParams):
             new_slow: Any = optax.apply_updates(slow, changes.slow)
             slow, changes = self.own(new_slow), changes.fast
-        new: Any = optax.apply_updates(self.params, changes)
+        new: Any = laid_like(optax.apply_updates(self.params, changes), self.params)
         variables = {part: with_updates(tree, updates.get(part, {})) for part, tree in self.variables.items()}
+        variables = laid_like(variables, self.variables)
         if good is None:
             params = self._pinned(new)
         else:
@@ -329,7 +330,8 @@ class TrainState:
         task = self._task(state)
         find_trainable(state, task, "commit")
         if not is_traced((self.owner, state.owner)):
-            for path, count in flatten(strayed(self.owner, state.owner, self.task_id)).items():
+            before = beside(state.owner, self.owner)
+            for path, count in flatten(strayed(self.owner, before, self.task_id)).items():
                 if int(count):
                     raise ForgettingError(
                         f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. Commit "
@@ -343,7 +345,8 @@ class TrainState:
         task, entry = self._task(state), state.tasks[self._task(state)]
         backbone, head, pick = self.raw_variables()
         shared, local = self.net.split(backbone)
-        taken = ownership.taken(state.shared, state.owner, shared, self.owner, self.task_id)
+        before = beside((state.shared, state.owner), (shared, self.owner))
+        taken = ownership.taken(*before, shared, self.owner, self.task_id)
         entry = entry.replace(local=local, head=head, pick=pick)
         return state.replace(shared=taken, owner=self.owner, tasks={**state.tasks, task: entry})
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import AxisType, reshard
 
+from pae_jax.checks import is_traced
 from pae_jax.core import ownership
 from pae_jax.trees import Tree
 
@@ -32,6 +36,27 @@ def with_updates(variables: Tree, updates: Tree) -> Tree:
         return traverse_util.unflatten_dict({path: found.get(path, leaf) for path, leaf in flat.items()})
 
     return {name: collection(name) for name in variables}
+
+
+def beside(tree: Tree, like: Tree) -> Tree:
+    """Return arrays on the devices of parallel ones where these are others; nothing is moved to the host."""
+
+    def move(leaf: Any, target: Any) -> Any:
+        placed = isinstance(leaf, jax.Array) and isinstance(target, jax.Array) and not is_traced((leaf, target))
+        moves = placed and leaf.committed and leaf.sharding.device_set != target.sharding.device_set
+        return jax.device_put(leaf, target.sharding) if moves else leaf
+
+    return jax.tree.map(move, tree, like)
+
+
+def laid_like(tree: Tree, like: Tree) -> Tree:
+    """Return traced arrays with the layout of parallel ones, on meshes of explicit axes; others stay as they are."""
+
+    def lay(leaf: Any, target: Any) -> Any:
+        found, wanted = (jax.typeof(array).sharding for array in (leaf, target))
+        return reshard(leaf, wanted) if found != wanted and AxisType.Explicit in wanted.mesh.axis_types else leaf
+
+    return jax.tree.map(lay, tree, like)
 
 
 @jax.jit

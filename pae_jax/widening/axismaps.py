@@ -75,6 +75,16 @@ class AxisMap:
         """Place narrow entries along the wide axis; entries at new coordinates are undefined."""
         if self.is_identity:
             return array
+        if 0 < len(self.runs) <= _FEW_RUNS and sorted(self.runs) == list(self.runs):
+            # Of an array that is spread over devices, this moves between them only what changes its place.
+            parts, taken, filled = [], 0, 0
+            for start, length in self.runs:
+                part = lax.slice_in_dim(array, taken, taken + length, axis=axis)
+                taken += length
+                after = self.wide - start - length if taken == self.narrow else 0
+                parts.append(_padded(part, axis, start - filled, after))
+                filled = start + length
+            return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
         source = np.zeros(self.wide, np.int64)
         source[self.index] = np.arange(self.narrow)
         return jnp.take(array, source, axis=axis, mode="clip")
@@ -139,15 +149,11 @@ class ArrayMap:
         if 0 in self.narrow:
             return jnp.zeros(self.wide, array.dtype) if into is None else into
         array = jnp.asarray(array)
-        if all(axis.is_identity or len(axis.runs) == 1 for axis in self.axes):
-            starts = [0 if axis.is_identity else axis.runs[0][0] for axis in self.axes]
-            base = jnp.zeros(self.wide, array.dtype) if into is None else jnp.asarray(into)
-            return lax.dynamic_update_slice(base, array, starts)
-        # Gather along every axis, then select: bits are preserved, and new positions involve no arithmetic.
-        mask = np.ones((), bool)
+        # Spread along every axis, then select: bits are preserved, and new positions involve no arithmetic.
+        mask = jnp.ones(self.wide, bool)
         for i, axis in enumerate(self.axes):
             array = axis.spread(array, i)
-            mask = mask[..., None] & (np.ones(1, bool) if axis.is_identity else axis.mask)
+            mask = mask if axis.is_identity else mask & lax.broadcast_in_dim(axis.mask, self.wide, (i,))
         return jnp.where(mask, array, jnp.zeros((), array.dtype) if into is None else jnp.asarray(into))
 
     @property
@@ -161,6 +167,12 @@ class ArrayMap:
         return f"({', '.join(map(str, self.axes))})"
 
 
+def _padded(array: Any, axis: int, before: int, after: int) -> Any:
+    """The array with zeros before and after it along an axis."""
+    widths = [(before, after, 0) if i == axis else (0, 0, 0) for i in range(array.ndim)]
+    return lax.pad(array, jnp.zeros((), array.dtype), widths)
+
+
 def _on_host(array: Any) -> bool:
     """Whether NumPy can move the entries directly; else (tracers, other devices) JAX, which compiles per shape."""
     if isinstance(array, np.ndarray):
@@ -171,5 +183,7 @@ def _on_host(array: Any) -> bool:
 
 
 def _like(result: np.ndarray, array: Any) -> jax.Array | np.ndarray:
-    """The result as the same kind of array, and on the same device, as `array`."""
-    return result if isinstance(array, np.ndarray) else jax.device_put(result, array.sharding)
+    """The result as the same kind of array, on the same device, and bound to it only if `array` is."""
+    if isinstance(array, np.ndarray):
+        return result
+    return jax.device_put(result, array.sharding if array.committed else None)

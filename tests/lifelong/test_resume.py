@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 
 import pae_jax as pae
 from pae_jax.lifelong import one_task, run_folder, task_folder
-from pae_jax.storage import files
+from pae_jax.storage import checkpoint, files
 
 # One run with everything a stage can be: own networks, a goal that is missed at the first width, a ladder, picks and
 # retraining. The test below runs it here, and in processes of its own that are killed.
@@ -47,10 +48,10 @@ PROGRAM = """
             tolerance=0.2, expansion=Expansion(0.5, 1.5), sharing="picked", local_init="newest",
         )
 
-    def small_run(net, path):
+    def small_run(net, path, background=False):
         state = pae.init(net, jax.random.key(0))
         return pae.learn_all(
-            net, state, list(tasks()), recipe(), key=jax.random.key(1), run=pae.Run(path), progress=False
+            net, state, list(tasks()), recipe(), key=jax.random.key(1), run=pae.Run(path, background=background)
         )
 
     def network():
@@ -183,17 +184,103 @@ def test_stopped_after_every_single_step_a_run_ends_in_the_same_bits(program, ne
         np.testing.assert_array_equal(one, other)
 
 
+# Stages written in the background
+
+
+class Writing:
+    """Holds back the stage `01-a/0-trained` until the next one trains; what a test wants happens then."""
+
+    def __init__(self, path, patch):
+        self.stage, self.trains = path / "01-a" / "0-trained", threading.Event()
+        self.fails, self.interrupts, self.early, self.most = False, False, None, 0
+        self.write, self.train, self.writing = checkpoint._write, one_task.trained, 0
+        patch.setattr(checkpoint, "_write", self.written)
+        patch.setattr(one_task, "trained", self.trained)
+
+    def written(self, path, *rest):
+        self.writing += 1
+        self.most = max(self.most, self.writing)
+        try:
+            if path == self.stage:
+                assert self.trains.wait(60), "the next stage does not train before this one is written"
+                if self.fails:
+                    raise pae.CheckpointError("the disk is full")
+            self.write(path, *rest)
+        finally:
+            self.writing -= 1
+
+    def trained(self, given, *rest):
+        if given.pruning is not None and not self.trains.is_set():
+            events = (self.stage.parent.parent / "events.jsonl").read_text().splitlines()
+            logged = [event["stage"] for event in map(json.loads, events) if event["folder"] == "01-a"]
+            self.early = self.stage.exists(), logged
+            self.trains.set()
+            if self.interrupts:
+                raise Interrupted
+        return self.train(given, *rest)
+
+
+@pytest.fixture
+def writing(tmp_path, monkeypatch):
+    return Writing(tmp_path, monkeypatch)
+
+
+def test_a_stage_is_written_while_the_next_one_trains_and_the_run_is_the_same(
+    program, net, uninterrupted, tmp_path, writing
+):
+    program["small_run"](net, tmp_path, background=True)
+    assert writing.early == (
+        False,
+        ["0-trained", "0-pruned-0.300"],
+    )  # both started; what is not on disk is not finished
+    assert writing.most == 1
+    assert facts_of(tmp_path) == facts_of(uninterrupted[0])
+    lines = [
+        [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+        for path in (tmp_path, uninterrupted[0])
+    ]
+    ours, theirs = ({(e["event"], e["folder"], e.get("stage")) for e in events} for events in lines)
+    assert ours == theirs
+
+
+def test_learn_raises_only_once_the_last_stage_is_on_disk(program, net, tmp_path, writing):
+    writing.interrupts = True
+    with pytest.raises(Interrupted):
+        program["small_run"](net, tmp_path, background=True)
+    assert sorted(entry.name for entry in (tmp_path / "01-a").iterdir()) == ["0-trained", "settings.json"]
+
+
+def test_a_stage_that_cannot_be_written_in_the_background_is_an_error_of_learn(
+    program, net, uninterrupted, tmp_path, writing
+):
+    writing.fails = True
+    with pytest.raises(pae.CheckpointError, match="the disk is full"):
+        program["small_run"](net, tmp_path, background=True)
+    assert not writing.stage.exists()
+    writing.trains.clear()
+    writing.interrupts = True
+    with pytest.raises(Interrupted) as raised:
+        program["small_run"](net, tmp_path, background=True)
+    assert raised.value.__notes__ == ["the disk is full"]  # it takes no error's place, and is not lost
+    writing.fails = writing.interrupts = False
+    program["small_run"](net, tmp_path, background=True)
+    assert facts_of(tmp_path) == facts_of(uninterrupted[0])
+
+
 # Real kills
 
-KILLS = [
-    "event started 01-a 0-pruned-0.300",
-    "rename 02-b/0-trained",  # all of the stage is written, under its temporary name
-    "rename 02-b/records.json",
-]
+KILLS = {
+    "stage by stage": [
+        "event started 01-a 0-pruned-0.300",
+        "rename 02-b/0-trained",  # all of the stage is written, under its temporary name
+        "rename 02-b/records.json",
+    ],
+    "in the background": ["rename 02-b/0-trained"],  # by the thread that writes, while the next stage trains
+}
 KILLING = """
     import os, signal, sys
 
-    path, moment = sys.argv[1], sys.argv[2]
+    path, moment, saving = sys.argv[1:]
     rename, replace, log = os.rename, os.replace, pae.Run.log
 
     def kill():
@@ -212,12 +299,13 @@ KILLING = """
             kill()
 
     os.rename, os.replace, pae.Run.log = before(rename), before(replace), logged
-    small_run(network(), path)
+    small_run(network(), path, saving == "in the background")
     print("ended")
 """
 
 
-def test_killed_for_good_and_started_again_a_run_ends_in_the_same_bits(uninterrupted, tmp_path):
+@pytest.mark.parametrize("saving", KILLS)
+def test_killed_for_good_and_started_again_a_run_ends_in_the_same_bits(uninterrupted, tmp_path, saving):
     """kill -9 before a stage trains, while a stage is half on disk, and before the records of a task are there."""
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM) + textwrap.dedent(KILLING))
@@ -227,13 +315,13 @@ def test_killed_for_good_and_started_again_a_run_ends_in_the_same_bits(uninterru
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.read("jax_disable_most_optimizations"))),
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         # What one process has compiled, the next one need not; the run that they are compared with compiled its own.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(uninterrupted[0].parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     path = tmp_path / "run"
-    for moment in [*KILLS, "never"]:
-        call = [sys.executable, str(program), str(path), moment]
+    for moment in [*KILLS[saving], "never"]:
+        call = [sys.executable, str(program), str(path), moment, saving]
         done = subprocess.run(call, env=environment, capture_output=True, text=True)
         assert done.returncode == (0 if moment == "never" else -signal.SIGKILL), done.stderr
         if moment.startswith("rename") and "records" not in moment:

@@ -27,7 +27,12 @@ BACKBONES = {
 
 def abstract(module, shape):
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), images)
+    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **mode(module)), images)
+
+
+def mode(module):
+    """Arguments of evaluation; a network without norms has none."""
+    return {} if isinstance(module, models.SphereNet20) else {"train": False}
 
 
 def fill(variables):
@@ -113,6 +118,16 @@ def test_resnet_has_the_published_size(build, count):
     assert total(leaves(abstract(build(), (1, 224, 224, 3))["params"])) == count
 
 
+@pytest.mark.parametrize(("width", "weights"), [(1.0, 11_650_752), (0.5, 2_913_120)])
+def test_spherenet_has_twenty_convolutions_and_the_documented_size(width, weights):
+    variables = abstract(models.SphereNet20(width=width), (1, 112, 112, 3))
+    assert len(kernels(variables)) == 20
+    assert total(kernels(variables)) == weights
+    slopes = leaves(variables["params"], "slope")
+    assert [leaf.ndim for leaf in slopes] == [1] * 20
+    assert total(slopes) == total(leaves(variables["params"], "bias"))
+
+
 def test_small_cnn_has_the_documented_size():
     assert total(kernels(abstract(models.SmallCNN(), GREY))) == 240_416
 
@@ -124,6 +139,7 @@ def test_small_cnn_has_the_documented_size():
         (models.VGG16, CIFAR, {0.5: 2048, 1.0: 4096, 1.5**0.5: 5016}),
         (models.resnet18, FACE, {0.5: 256, 1.0: 512, 1.5**0.5: 627}),
         (models.SmallCNN, GREY, {0.05: 6, 1.0: 128, 1.5**0.5: 156}),
+        (models.SphereNet20, (1, 112, 112, 3), {0.5: 256 * 49, 1.0: 512 * 49}),
     ],
 )
 def test_width_changes_sizes_and_nothing_else(build, shape, features):
@@ -132,7 +148,7 @@ def test_width_changes_sizes_and_nothing_else(build, shape, features):
     def facts(width):
         module = build(width=width)
         variables = abstract(module, shape)
-        jaxpr = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, images)
+        jaxpr = jax.make_jaxpr(lambda v, x: module.apply(v, x, **mode(module)))(variables, images)
         assert jaxpr.out_avals[0].shape == (1, features[width])
         return jax.tree.map(jnp.ndim, variables), [str(equation.primitive) for equation in jaxpr.eqns]
 
@@ -218,6 +234,7 @@ def test_a_residual_block_adds_the_scaled_projection(activate):
         (models.VGG16(), (32, 32, 3)),
         (models.resnet18(), (32, 32, 3)),
         (models.SmallCNN(), (112, 92, 1)),
+        (models.SphereNet20(), (1, 15, 112, 3)),
     ],
 )
 def test_images_of_another_shape_are_refused(module, shape):

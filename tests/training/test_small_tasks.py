@@ -313,7 +313,7 @@ import pae_jax as pae
 net = pae.linen(t.Backbone, t.X[:1])
 everywhere = Mesh(np.asarray(jax.devices()), ("d",))
 for form in (t.widened, t.strewn):
-    state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), form(net))  # not bound to one device
+    state = form(net)
     for mesh in (everywhere, jax.make_mesh((4,), ("d",))):
         ts = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P())), t.create(net, state))
         pair = t.X, np.eye(2, dtype=np.float32)[t.Y]

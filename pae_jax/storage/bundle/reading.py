@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pae_jax.core import State, integrity, layout_of
+from pae_jax.core import Placement, State, integrity, layout_of, placement
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.nets import Net, heads
 from pae_jax.storage import files
@@ -15,7 +15,12 @@ from pae_jax.trees import require_match
 
 
 def read_bundle(
-    net: Net, path: str | Path, *, onto: State | None = None, heads: Mapping[str, Any] | None = None
+    net: Net,
+    path: str | Path,
+    *,
+    onto: State | None = None,
+    heads: Mapping[str, Any] | None = None,
+    sharding: Placement | None = None,
 ) -> State:
     """Read a bundle; every task's digest is recomputed and compared.
 
@@ -24,6 +29,8 @@ def read_bundle(
       path: a file written by `write_bundle`.
       onto: for a delta, the state it adds to, with exactly the tasks that came before. It is not changed.
       heads: `{task: Flax module}` for tasks of the file whose head is not a plain number of classes.
+      sharding: where the arrays lie, as for `init`, once they are put together in the memory of the host; None is one
+        device.
 
     Returns:
       The tasks, and no weight that none of them uses: those are free and 0. With `onto`, all older tasks as well, bit
@@ -33,7 +40,8 @@ def read_bundle(
       CheckpointError: missing or damaged; not a bundle; a newer schema; or `onto` is another state than the one the
         delta was made for: names the task that differs.
       StructureError: the bundle belongs to another model; names the leaf.
-      ArgumentError: a delta without `onto`, a whole bundle with it, or a head module is missing.
+      ArgumentError: a delta without `onto`, a whole bundle with it, a head module is missing, or `sharding` is refused
+        as by `init`.
       ForgettingError: `onto` is damaged.
 
     Example: see `write_bundle`.
@@ -46,7 +54,7 @@ def read_bundle(
     local = onto.local if onto is not None and onto.width == state.width else None
     state = state.replace(layout=layout, local=local)
     integrity.check(state, net)
-    return state
+    return placement.place(net, state, sharding)
 
 
 def bundle_header(path: str | Path) -> dict[str, Any]:
