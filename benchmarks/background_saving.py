@@ -1,7 +1,7 @@
 """How long saving a stage holds up training, with and without `wait=False`.
 
 Command:   python benchmarks/background_saving.py        (--only SmallCNN for one model; --folder to choose the disk)
-Expected:  `save(wait=False)` returns after less than a tenth of the time of `save`; 3 minutes
+Expected:  `save(wait=False)` returns after less than a tenth of the time of `save`; 20 seconds for the MLP
 Writes:    benchmarks/results/background_saving.json
 
 Three tasks, two of them frozen; all weights are random. "blocked" compares the calls themselves: `save` returns once
