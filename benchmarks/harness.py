@@ -171,6 +171,30 @@ def publish(
         raise SystemExit(f"failed: {', '.join(result['failed'])}")
 
 
+def publish_kills(script: str, settings: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Write the result of a campaign that kills programs; the exit status is 1 if their ends differ.
+
+    Args:
+      script: name of the benchmark.
+      settings: `kills`, `seed` and `out`.
+      found: `kills`, `runs`, `equal`, and whatever else was found.
+    """
+    device = jax.devices()[0]
+    result = {
+        "command": f"python benchmarks/{script} --kills {settings.kills} --seed {settings.seed}",
+        "hardware": {"device": device.device_kind, "cores": os.cpu_count(), "machine": platform.machine()},
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": _versions(),
+        "seed": settings.seed,
+        **found,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{found['kills']} kills in {found['runs']} runs: {'equal' if found['equal'] else 'DIFFERENT'}")
+    if not found["equal"]:
+        raise SystemExit(1)
+
+
 def _made_by(settings: argparse.Namespace) -> dict[str, Any]:
     """Return command, hardware, versions and load of this run."""
     words = iter(sys.argv[1:])
@@ -187,10 +211,11 @@ def _made_by(settings: argparse.Namespace) -> dict[str, Any]:
             "machine": platform.machine(),
         },
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {
-            "python": platform.python_version(),
-            "pae-jax": __version__,
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": _versions(),
         "repeats": settings.repeats,
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "pae-jax": __version__, **packages}

@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,20 +197,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as base:
         found = campaign(options.kills, options.seed, Path(base))
-    packages = ("pae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    result = {
-        "command": " ".join(["python", "benchmarks/kill_resume.py", f"--kills {options.kills} --seed {options.seed}"]),
-        "hardware": {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "machine": platform.machine()},
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "seed": options.seed,
-        **found,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{result['kills']} kills in {result['runs']} runs: {'equal' if result['equal'] else 'DIFFERENT'}")
-    if not result["equal"]:
-        raise SystemExit(1)
+    harness.publish_kills("kill_resume.py", options, found)
 
 
 if __name__ == "__main__":
