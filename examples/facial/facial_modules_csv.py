@@ -36,11 +36,23 @@ def write_stages(path: Path, net: pae.Net, stages: Path, outcome: pae.Outcome, h
     rows = []
     for stage, record in records.items():
         state = pae.load(net, stages / stage, heads=heads)
-        values = {"Pruned rate": record.pruned, **measure(state)}
-        row = {name: f"{value:.5f}" for name, value in values.items()} | {"Epoch No.": str(record.kept_epoch)}
-        columns = sizes.csv_columns(sizes.paper(state, without_head="face"), outcome.task)
-        rows.append(row | {name: f"{value:.3f}" for name, value in columns.items()})
+        rows.append(authors_row(state, outcome.task, record.pruned, measure(state), str(record.kept_epoch)))
     _write(path, rows)
+
+
+def authors_row(state: pae.State, task: str, pruned: float, values: Mapping[str, float], epoch: str) -> dict[str, str]:
+    """Return the row of a task: what is pruned, the measured values, the epoch, and sizes in MB by the paper's formula.
+
+    Args:
+      state: the network.
+      task: name of the task.
+      pruned: free / (free + own).
+      values: measured values by column.
+      epoch: that was kept.
+    """
+    table = sizes.paper(state, without_head=[name for name in state.tasks if name == "face"])
+    row = {name: f"{value:.5f}" for name, value in {"Pruned rate": pruned, **values}.items()} | {"Epoch No.": epoch}
+    return row | {name: f"{value:.3f}" for name, value in sizes.csv_columns(table, task).items()}
 
 
 def fold_rows(folds: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from facial_modules import FACE, network
+from facial_modules_csv import authors_row
 from facial_modules_data import BATCH, FaceSet
 from facial_modules_files import read_json
 from facial_modules_folders import Middle
@@ -39,7 +40,7 @@ from pae_jax.errors import ArgumentError, CheckpointError, DataError, PaeError
 from pae_jax.faces.images import load_images, read_image, standardise_fixed
 from pae_jax.faces.losses import AgeError, FeatureHead, expected_age
 from pae_jax.faces.pairs import find_images, read_pairs
-from pae_jax.reports import Picture, sizes
+from pae_jax.reports import Picture
 from pae_jax.storage import open_any
 
 AGES = tuple(float(age) for age in range(1, 101))  # what the outputs of the authors' task of apparent age stand for
@@ -237,10 +238,7 @@ def infer(options: argparse.Namespace) -> dict[str, str]:
             data = in_order_of(data, state, options.task, trained_classes(options.stage, options.task))
         values = measure(net, state, options.task, data, mae)
         picture = classified(net, state, options.task, data, mae, options.pictures)
-    measured = {"Pruned rate": pruned_rate(state, options.task)} | values
-    row = {name: f"{value:.5f}" for name, value in measured.items()} | {"Epoch No.": str(own.get("kept_epoch", ""))}
-    table = sizes.paper(state, without_head=[name for name in state.tasks if name == FACE])
-    row |= {name: f"{value:.3f}" for name, value in sizes.csv_columns(table, options.task).items()}
+    row = authors_row(state, options.task, pruned_rate(state, options.task), values, str(own.get("kept_epoch", "")))
     append(options.out / f"{options.task}.csv", row)
     picture.savefig(options.out / f"{options.task}.png", dpi=110)
     return row

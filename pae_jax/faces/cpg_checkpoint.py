@@ -14,7 +14,7 @@ import numpy as np
 from pae_jax.core import Picking, State
 from pae_jax.errors import StructureError
 from pae_jax.faces import placing
-from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order
+from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order, without_free
 from pae_jax.faces.placing import STATS, Entry
 from pae_jax.models import read_nested
 from pae_jax.nets import Net
@@ -173,8 +173,7 @@ def _weights(
         if getattr(mask, "shape", None) != shape or not np.issubdtype(mask.dtype, np.integer):
             expected = f"uint8[{','.join(map(str, shape))}]"
             raise StructureError(source, f"masks/{layer.name}", describe(mask), expected, "Is it another network?")
-        if weights.shape == mask.shape:
-            weights = np.where(mask != 0, weights, np.zeros((), weights.dtype))
+        weights = without_free(weights, mask)
         converted = placing.converted(source, Entry(path, name, layer.axes), weights, leaf)
         shared[path] = place.placed(path, converted, place.width)
         owner[path] = place.placed(path, mask.transpose(layer.axes), place.width)

@@ -179,6 +179,11 @@ def assemble(
     return state
 
 
+def without_free(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return weights with 0 where a mask names no owner; of another shape, as they are: `converted` refuses them."""
+    return np.where(mask != 0, weights, np.zeros((), weights.dtype)) if weights.shape == mask.shape else weights
+
+
 def head_variables(net: Net, member: Member, arrays: tuple[np.ndarray, np.ndarray] | None, source: str) -> Tree:
     """Return the variables of a head from kernel and bias, which must be those of the head that was asked for."""
     wanted, _ = heads.layout(net, member.head, member.width)

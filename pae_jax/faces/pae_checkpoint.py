@@ -15,7 +15,7 @@ from pae_jax.data import read_file
 from pae_jax.errors import ArgumentError, DataError, StructureError
 from pae_jax.faces import placing
 from pae_jax.faces.naming import LAYERS, SCOPE, Layer
-from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order
+from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order, without_free
 from pae_jax.faces.placing import STATS, Entry
 from pae_jax.faces.tensorflow_tensors import read_tensors
 from pae_jax.nets import Net
@@ -181,8 +181,7 @@ def _weights(
             raise StructureError(
                 source, f"{scope}/mask", describe(mask), expected, "Are these the widths of the tasks?"
             )
-        if weights.shape == mask.shape:
-            weights = np.where(mask != 0, weights, np.zeros((), weights.dtype))
+        weights = without_free(weights, mask)
         shared[path] = place.placed(
             path, placing.converted(source, Entry(path, f"{scope}/weights"), weights, leaf), place.width
         )
