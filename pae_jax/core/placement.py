@@ -52,10 +52,9 @@ def planned(net: Net, state: State, placement: Placement) -> State:
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def task(entry: TaskState) -> TaskState:
-        bits = entry.pick is None or isinstance(
-            entry.pick, jax.ShapeDtypeStruct
-        )  # of a stage: packed, still to be read
-        pick = entry.pick if bits else part(f"{PARAMS}/", entry.pick)
+        # The picks of a stage that is still to be read are one array of bits.
+        whole = entry.pick is None or isinstance(entry.pick, jax.ShapeDtypeStruct)
+        pick = entry.pick if whole else part(f"{PARAMS}/", entry.pick)
         return entry.replace(local=part("", entry.local), head=part("head/", entry.head), pick=pick)
 
     for path, leaf in flatten(state.shared).items():

@@ -86,12 +86,15 @@ def _understood(path: Path, read: Callable[[Path], Any]) -> Any:
         raise DataError(f"{path}: cannot be read as weights: {error}. Get the file again.") from error
 
 
+_UNFINISHED = object()
+
+
 def _nested(path: Path, value: Any, name: str, done: dict[int, Any]) -> Any:
     """Return a tree with its views as arrays; a part that is met again is not built again."""
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if id(value) not in done:
-        done[id(value)] = _Reader  # until it is known what it becomes
+        done[id(value)] = _UNFINISHED
         if isinstance(value, _View):
             found: Any = _array(path, name, value)
         elif isinstance(value, Mapping):
@@ -101,7 +104,7 @@ def _nested(path: Path, value: Any, name: str, done: dict[int, Any]) -> Any:
         else:
             raise DataError(f"{path}: '{name}' is a {type(value).__name__}; only arrays, numbers and texts are read.")
         done[id(value)] = found
-    if done[id(value)] is _Reader:
+    if done[id(value)] is _UNFINISHED:
         raise DataError(f"{path}: '{name}' holds itself; only trees are read. Get the file again.")
     return done[id(value)]
 
