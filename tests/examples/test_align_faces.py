@@ -1,12 +1,10 @@
 """The job that aligns a folder: it lists its failures and goes on when it was killed."""
 
 import csv
-import importlib.util
 import io
 import json
 import shutil
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -16,17 +14,10 @@ from PIL import Image
 
 from pae_jax.errors import ArgumentError, DataError
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "facial" / "align_faces.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("align_faces", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["align_faces"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["align_faces"]
+def example(program):
+    return program("facial/align_faces.py")
 
 
 def encoded(shape=(60, 80), level=200):

@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def script(facial):
-    return facial("cpg_faces")
+def script(program):
+    return program("facial/cpg_faces.py")
 
 
 def words(face_files, out):

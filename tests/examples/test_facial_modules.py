@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +18,10 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 import pae_jax as pae
 from pae_jax.faces.losses import softmax
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "facial"
-PARTS = ("csv", "data", "expressions", "files", "folders", "presets", "report", "view")
-
 
 @pytest.fixture(scope="module")
-def script():
-    """The script; its modules are found as when it is run."""
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("facial_modules", EXAMPLES / "facial_modules.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["facial_modules"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EXAMPLES))
-    for name in ("facial_modules", "inference", *(f"facial_modules_{part}" for part in PARTS)):
-        sys.modules.pop(name, None)
+def script(program):
+    return program("facial/facial_modules.py")
 
 
 def encoded(pixels):
@@ -67,16 +54,10 @@ def write_pack(path, count=96, seed=0, **changes):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, write_people):
     """A pack of labelled faces and the folders of 40 people, both synthetic."""
     root = tmp_path_factory.mktemp("faces")
-    rng = np.random.default_rng(1)
-    for person in range(1, 41):
-        (root / "orl" / f"s{person}").mkdir(parents=True)
-        own = rng.integers(0, 200, (14, 23)).repeat(8, 0).repeat(4, 1)
-        for shot in range(1, 11):
-            pixels = (own + rng.integers(0, 40, own.shape)).astype(np.uint8)
-            (root / "orl" / f"s{person}" / f"{shot}.pgm").write_bytes(b"P5\n92 112\n255\n" + pixels.tobytes())
+    write_people(root / "orl", np.random.default_rng(1))
     write_pack(root / "pack.npz")
     return root
 

@@ -1,10 +1,7 @@
 """One task of a stage is measured on a folder: the columns of PAE's result files, and a picture of some results."""
 
 import csv
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +11,6 @@ from PIL import Image
 import pae_jax as pae
 from pae_jax.faces.losses import FeatureHead
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "facial"
 SIZES = [
     "Model size through inference (MB) (Shared part + task-specific part)",
     "Shared part (MB)",
@@ -28,18 +24,8 @@ AGES = [f"{lower:02d}" for lower in range(0, 80, 10)]
 
 
 @pytest.fixture(scope="module")
-def script():
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("inference", EXAMPLES / "inference.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["inference"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if str(EXAMPLES) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def script(program):
+    return program("facial/inference.py")
 
 
 def put(path, rng):

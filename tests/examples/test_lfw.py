@@ -7,8 +7,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def script(facial):
-    return facial("lfw")
+def script(program):
+    return program("facial/lfw.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """Tasks on a pretrained image encoder, in small: a tiny random encoder, made images, the stages of the real run."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,23 +11,12 @@ import tensorflow_datasets as tfds
 
 import pae_jax as pae
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "pretrained_images"
-MODULES = [f"pretrained_{name}" for name in ("adapters", "encoder", "packing", "report", "rivals", "run", "settings")]
 WAYS = ("ncm", "lora-4", "expand", "budget")
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("pretrained_images", EXAMPLES / "pretrained_images.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrained_images"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for folder in (EXAMPLES, EXAMPLES.parent / "pretrained"):
-        sys.path.remove(str(folder))
-    for name in ("pretrained_images", "image_encoder", "image_tasks", *MODULES):
-        sys.modules.pop(name, None)
+def script(program):
+    return program("pretrained_images/pretrained_images.py")
 
 
 @pytest.fixture(scope="module")

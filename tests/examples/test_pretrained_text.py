@@ -1,9 +1,7 @@
 """Tasks on a pretrained encoder, in small: a tiny random encoder, made sentences, the stages of the real run."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,22 +9,10 @@ import pytest
 
 import pae_jax as pae
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "pretrained_text"
-MODULES = [f"pretrained_{name}" for name in ("adapters", "encoder", "packing", "report", "rivals", "run", "settings")]
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("pretrained_text", EXAMPLES / "pretrained_text.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrained_text"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for folder in (EXAMPLES, EXAMPLES.parent / "pretrained"):
-        sys.path.remove(str(folder))
-    for name in ("pretrained_text", "text_encoder", "text_tasks", *MODULES):
-        sys.modules.pop(name, None)
+def script(program):
+    return program("pretrained_text/pretrained_text.py")
 
 
 def call(script, out, *arguments):

@@ -1,7 +1,5 @@
 """The three examples that a user reads first: short, they run, and show that nothing is forgotten."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,44 +9,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("own_model", "recipe", "own_loop")
 
 
-@pytest.fixture
-def example():
-    """Return an example as a module; what it imports from its own folder is found as when it is run."""
-    before = set(sys.modules)
-
-    def load(name):
-        path = EXAMPLES / f"{name}.py"
-        sys.path.insert(0, str(path.parent))
-        try:
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(path.parent))
-        return module
-
-    yield load
-    for name in set(sys.modules) - before:
-        if str(EXAMPLES) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize("name", SHORT)
 def test_an_example_fits_a_screen_or_two(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
 
 
-def test_a_model_of_your_own_learns_two_tasks_and_the_first_keeps_its_bits(example, tmp_path, capsys):
-    found = example("own_model").main(tmp_path)
+def test_a_model_of_your_own_learns_two_tasks_and_the_first_keeps_its_bits(program, tmp_path, capsys):
+    found = program("own_model.py").main(tmp_path)
     assert min(found["stripes"], found["spots"]) > 0.9
     assert found["bit-identical"]
     assert (tmp_path / "02-spots").is_dir()
     assert "bit-identical: True" in capsys.readouterr().out
 
 
-def test_a_stream_by_a_recipe_forgets_nothing_and_goes_on_where_it_was(example, tmp_path, capsys):
-    main = example("recipe").main
+def test_a_stream_by_a_recipe_forgets_nothing_and_goes_on_where_it_was(program, tmp_path, capsys):
+    main = program("recipe.py").main
     matrix = main(tmp_path)
     assert matrix.forgetting() == 0.0
     assert matrix.average_accuracy() > 0.85
@@ -58,15 +33,15 @@ def test_a_stream_by_a_recipe_forgets_nothing_and_goes_on_where_it_was(example, 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/frozen")} == before
 
 
-def test_a_loop_of_your_own_learns_two_functions_and_the_first_keeps_its_bits(example, capsys):
-    found = example("own_loop").main()
+def test_a_loop_of_your_own_learns_two_functions_and_the_first_keeps_its_bits(program, capsys):
+    found = program("own_loop.py").main()
     assert max(found["wave"], found["hill"]) < 0.1
     assert found["bit-identical"]
     assert "wave: step 1500" in capsys.readouterr().out
 
 
-def test_the_table_of_the_cifar100_example_has_a_row_for_every_method(example):
-    script = example("cifar100/cifar100_20tasks")
+def test_the_table_of_the_cifar100_example_has_a_row_for_every_method(program):
+    script = program("cifar100/cifar100_20tasks.py")
     results = script.report.collect(EXAMPLES.parent / "benchmarks" / "results" / "cifar100_small.json")
     head, *rows = script.report.table(results).splitlines()
     assert head.split()[:3] == ["method", "tasks", "seeds"]

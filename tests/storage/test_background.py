@@ -1,13 +1,8 @@
 """Saved in the background, a stage is what `save` writes, and no error is lost."""
 
 import errno
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -231,32 +226,12 @@ CHILD = """
 """
 
 
-@pytest.fixture(scope="module")
-def child(tmp_path_factory):
-    """Run the child; return its folder, exit code and output."""
-
-    def run(what):
-        folder = tmp_path_factory.mktemp("child")
-        script = folder / "child.py"
-        script.write_text(textwrap.dedent(CHILD))
-        done = subprocess.run(
-            [sys.executable, str(script), str(folder / "run"), what],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": str(Path(pae.__file__).parent.parent)},
-        )
-        return folder / "run", done
-
-    return run
-
-
 def small_net():
     return pae.linen(lambda width: pae.models.MLP(width, (8,)), jnp.zeros((1, 4)))
 
 
-def test_after_a_kill_the_earlier_stage_loads_and_the_half_one_never_does(child):
-    folder, done = child("killed")
+def test_after_a_kill_the_earlier_stage_loads_and_the_half_one_never_does(run_child):
+    folder, done = run_child(CHILD, "killed")
     assert done.returncode == -signal.SIGKILL, done.stderr
     (half,) = [entry for entry in folder.iterdir() if entry.name != "0"]
     net = small_net()
@@ -267,8 +242,8 @@ def test_after_a_kill_the_earlier_stage_loads_and_the_half_one_never_does(child)
     assert sorted(entry.name for entry in folder.iterdir()) == ["0", "1"]
 
 
-def test_the_interpreters_exit_waits_and_warns_of_what_was_lost_and_a_forked_process_does_not_wait(child):
-    folder, done = child("ended")
+def test_the_interpreters_exit_waits_and_warns_of_what_was_lost_and_a_forked_process_does_not_wait(run_child):
+    folder, done = run_child(CHILD, "ended")
     assert done.stdout == "forked: 7\nwhole at the end of the program: False\n", done.stderr
     assert done.returncode == 0
     assert sorted(entry.name for entry in folder.iterdir()) == ["0", "1"]

@@ -7,9 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -857,30 +854,9 @@ CHILD = """
 """
 
 
-@pytest.fixture(scope="module")
-def child(tmp_path_factory):
-    """Run the child; return its folder, exit code and output."""
-
-    def run(what):
-        folder = tmp_path_factory.mktemp("child")
-        script = folder / "child.py"
-        script.write_text(textwrap.dedent(CHILD))
-        done = subprocess.run(
-            [sys.executable, str(script), str(folder / "run"), what],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=Path(__file__).parent.parent,
-            env={**os.environ, "PYTHONPATH": str(Path(pae.__file__).parent.parent)},
-        )
-        return folder / "run", done
-
-    return run
-
-
 @pytest.mark.parametrize("what", ["killed", "full"])
-def test_after_a_kill_or_a_full_disk_the_earlier_stage_loads_and_the_half_one_never_does(child, what):
-    folder, done = child(what)
+def test_after_a_kill_or_a_full_disk_the_earlier_stage_loads_and_the_half_one_never_does(run_child, what):
+    folder, done = run_child(CHILD, what)
     if what == "killed":
         assert done.returncode == -9, done.stderr
         assert [path for path in folder.iterdir() if path.name != "0"], "the kill came before anything was written"
