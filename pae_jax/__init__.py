@@ -73,6 +73,7 @@ from pae_jax.training import (
     features,
     fit,
     gradient_scores,
+    nearest_task,
     predict,
 )
 from pae_jax.version import __version__ as __version__
@@ -146,6 +147,7 @@ __all__ = [
     "masks",
     "metrics",
     "models",
+    "nearest_task",
     "nnx",
     "pack",
     "predict",

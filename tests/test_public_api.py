@@ -13,7 +13,8 @@ import pae_jax as pae
 NAMES = """
 linen nnx layout init from_variables pack fit prune freeze drop predict features evaluate masks trainable free_fraction
 check verify save load read_metadata report transfer width_for expand widen_maps learn learn_all baseline
-as_flax task_variables gate commit gradient_scores clear_caches write_bundle read_bundle certificate export slim
+as_flax task_variables gate commit gradient_scores nearest_task clear_caches
+write_bundle read_bundle certificate export slim
 State TaskState Growth History Net CubicSchedule Picking Plateau WidenMaps TrainState Best Devices
 Task Metric MeanOf Recipe Run Outcome Status Stream Server SlimNet Inference TaskProgram Certificate Saving
 PaeError ArgumentError CapacityError CheckpointError DataError DivergedError ForgettingError NotPreservableError

@@ -5,7 +5,7 @@ The encoder is the first task, frozen; no task changes a bit of it or of another
 local      biases, norms and head alone
 expand     a few new channels in every layer; the task starts as exactly the pretrained encoder
 reuse      the same, with the channels of all older tasks in view; biases and norms start from those of the older task
-           under which the new classes are best told apart (nearest class mean on validation examples)
+           whose features tell the new classes best apart by nearest neighbours
 budget     half a percent of the kernels, where the smallest fifth was zeroed, chosen by squared gradients
 distilled  the same after the pruned encoder was retrained to give its former features on all examples, unlabelled
 picked     new channels, and a choice among the older weights (CPG's picks)
@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pretrained_encoder import Encoder, Inputs, Task, flat, nested
-from pretrained_rivals import class_means, nearest
 from pretrained_settings import Result, Settings
 
 import pae_jax as pae
@@ -104,12 +103,8 @@ def learn(
     new: dict[str, Any] = {"head": task.classes, "key": keys[1], "sharing": way.sharing, "local_init": BASE}
     if way.reuse and len(state.tasks) > 1:
         started = time.perf_counter()
-        new["local_init"], accuracy = _nearest_task(net, state, task)
-        notes = {
-            "from": new["local_init"],
-            "seconds to find it": round(time.perf_counter() - started, 1),
-            "probe": accuracy,
-        }
+        new["local_init"] = pae.nearest_task(net, state, task.train, head=task.classes, key=keys[1]) or BASE
+        notes = {"from": new["local_init"], "seconds to find it": round(time.perf_counter() - started, 1)}
     if way.budget is not None:
         scored = {path: leaf.size for path, leaf in flat(state.shared).items() if encoder.is_kernel(path)}
         share = sum(scored.values()) / sum(leaf.size for leaf in jax.tree.leaves(state.shared))
@@ -134,17 +129,6 @@ def learn(
     )
     val = max(float(row["val_accuracy"]) for row in history.rows)
     return pae.freeze(state, task.name), val, notes
-
-
-def _nearest_task(net: pae.Net, state: pae.State, task: Task) -> tuple[str, float]:
-    """Return the older task whose features tell the new classes best apart, and how well; nothing is trained."""
-    accuracy = {}
-    for name in state.tasks:
-        features = [np.asarray(pae.features(net, state, name, x, batch_size=128)) for x, _ in (task.train, task.val)]
-        means = class_means(features[0], task.train[1], task.classes)
-        accuracy[name] = float((nearest(means, features[1]) == task.val[1]).mean())
-    best = max(accuracy, key=accuracy.__getitem__)
-    return best, accuracy[best]
 
 
 def deliver(net: pae.Net, before: pae.State, state: pae.State, path: Path) -> tuple[pae.State, int]:

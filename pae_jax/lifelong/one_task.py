@@ -25,7 +25,6 @@ from pae_jax.core import (
 )
 from pae_jax.errors import DivergedError
 from pae_jax.lifelong import policy
-from pae_jax.lifelong.nearest import nearest_task
 from pae_jax.lifelong.optimizers import WithPicks, at_phase_rate
 from pae_jax.lifelong.policy import Goal, Outcome, Stage, StageRecord, Status
 from pae_jax.lifelong.recipes import Ladder, Phase, Recipe
@@ -34,7 +33,7 @@ from pae_jax.lifelong.task import CheckedTask
 from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.reports import sizes
 from pae_jax.storage import digests
-from pae_jax.training import Best, History, Training, scores_of, trained
+from pae_jax.training import Best, History, Training, nearest_of, scores_of, trained
 
 DEAD_SHARE = 0.25
 """Share of a task's weights without any change in training above which a run logs `dead weights`."""
@@ -133,7 +132,7 @@ class Learner:
         options |= {"picking": recipe.picking if recipe.sharing == "picked" else None}
         nearest = None
         if "nearest" in (recipe.picks_from, recipe.local_init):
-            found = nearest_task(state, self.checked.form(state.width), self.checked.training_data, key)
+            found = nearest_of(state, self.checked.form(state.width), self.checked.training_data, key)
             nearest = self.processes.agree("nearest task", found)
         options |= {"local_init": _local_init(state, recipe, nearest), "allow_empty": recipe.allow_empty}
         if recipe.picks_from == "nearest":

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pae_jax.checks import check_count, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.lifelong.nearest import require_classes
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net, heads
-from pae_jax.training import Devices
+from pae_jax.training import Devices, require_classes
 
 
 def recipe_for(state: State, recipe: Recipe) -> Recipe:

@@ -22,6 +22,9 @@ from pae_jax.training.losses import Objective as Objective
 from pae_jax.training.losses import accuracy as accuracy
 from pae_jax.training.losses import objective as objective
 from pae_jax.training.losses import softmax_cross_entropy as softmax_cross_entropy
+from pae_jax.training.nearest import nearest_of as nearest_of
+from pae_jax.training.nearest import nearest_task as nearest_task
+from pae_jax.training.nearest import require_classes as require_classes
 from pae_jax.training.scoring import gradient_scores as gradient_scores
 from pae_jax.training.scoring import scores_of as scores_of
 from pae_jax.training.sharding import Devices as Devices

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.lifelong.nearest import nearest_task, neighbour_accuracy
-from pae_jax.training import feed, form
+from pae_jax.training import feed, form, nearest_of
+from pae_jax.training.nearest import neighbour_accuracy
 
 KEY = jax.random.key(7)
 
@@ -38,21 +38,25 @@ def of(net, data, augment=None):
 def test_the_task_whose_features_tell_the_classes_apart_is_the_nearest(net, two, data):
     x = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
     labels = (x[:, 0] > 0).astype(np.int32)
-    assert nearest_task(two, *of(net, (x, labels)), KEY) == "seeing"
+    assert pae.nearest_task(net, two, (x, labels), head=2, key=KEY) == "seeing"
+    in_order = np.argsort(labels)
+    assert pae.nearest_task(net, two, (x[in_order], labels[in_order]), head=2, key=KEY) == "seeing"
     shifted = of(net, (x - 50.0, labels), augment=lambda key, x: x + 50.0)
-    assert nearest_task(two, *shifted, KEY) == "seeing"
+    assert nearest_of(two, *shifted, KEY) == "seeing"
 
 
 def test_where_no_task_is_better_than_chance_there_is_no_nearest(net, two, empty):
     x, labels = np.zeros((9, 4), np.float32), np.int32([0, 0, 0, 0, 0, 0, 1, 1, 1])
     in_order = [(x, labels)]  # one batch, not shuffled: all voters have class 0, all others class 1
-    assert nearest_task(two, *of(net, in_order), KEY) is None
-    assert nearest_task(two, *of(net, [(x, np.zeros_like(labels))]), KEY) is None
-    assert nearest_task(empty, *of(net, in_order), KEY) is None
+    assert nearest_of(two, *of(net, in_order), KEY) is None
+    assert nearest_of(two, *of(net, [(x, np.zeros_like(labels))]), KEY) is None
+    assert nearest_of(empty, *of(net, in_order), KEY) is None
 
 
 def test_labels_that_are_no_class_numbers_are_refused(net, two):
     shape = form(net, 1.0, 2, False)
     y = np.zeros((40, 2), np.float32)
     with pytest.raises(pae.ArgumentError, match="need one class number per example"):
-        nearest_task(two, shape, feed((np.zeros((40, 4), np.float32), y), shape, 8), KEY)
+        nearest_of(two, shape, feed((np.zeros((40, 4), np.float32), y), shape, 8), KEY)
+    with pytest.raises(pae.DataError, match="label"):
+        pae.nearest_task(net, two, (np.zeros((2, 4), np.float32), np.int32([0, 5])), head=2, key=KEY)

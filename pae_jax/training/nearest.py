@@ -8,32 +8,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.checks import check_key
 from pae_jax.core import State, names
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import as_inputs
-from pae_jax.training import EVAL_BATCH, Feed, Form, features
+from pae_jax.nets import Net, as_inputs
+from pae_jax.training.batches import Augment, Feed, Form, feed, form
+from pae_jax.training.evaluation import EVAL_BATCH, features
 
 _EXAMPLES, _NEIGHBOURS = 2000, 200
 _REFERENCE = 0.66
 """Share of the examples that vote; the others are classified."""
 
 
-def nearest_task(state: State, form: Form, data: Feed, key: jax.Array) -> str | None:
-    """Return the older task whose features classify a new task's data best, or None if none is better than chance.
+def nearest_task(
+    net: Net,
+    state: State,
+    data: Any,
+    *,
+    head: Any,
+    key: jax.Array,
+    augment: Augment | None = None,
+    batch_size: int = EVAL_BATCH,
+) -> str | None:
+    """Return the older task whose features classify a new task's data best; nothing is trained.
 
-    Up to 2000 training examples; 66 % of them vote, in groups of the 200 nearest (at most half of them), Euclidean.
+    Up to 2000 training examples; 66 % of them vote on the others, in groups of the 200 nearest (at most half of the
+    voters), Euclidean. It costs one forward pass of these examples for each older task. Start the new task from it by
+    `pack(..., local_init=name)`.
 
     Args:
+      net: the network description the state was made with.
       state: the network before the new task.
-      form: the form of the new task's batches.
-      data: its training data, with class numbers.
-      key: random key of shuffling and augmentation.
+      data: training data of the new task, as for `fit`, with one class number per example. Arrays are shuffled by the
+        key; other data gives its first batches.
+      head: as for `pack`.
+      key: random key.
+      augment: as for `fit`.
+      batch_size: examples per batch when `data` is arrays.
+
+    Returns:
+      The name of the task; None if there is no older task, or none is better than chance.
 
     Raises:
       ArgumentError: labels that are not one class number per example, or features that are several arrays.
+      DataError, StructureError: unusable data.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+      >>> state = pae.freeze(state, "a")
+      >>> x = jax.random.normal(jax.random.key(2), (90, 4))
+      >>> pae.nearest_task(net, state, (x, (x[:, 0] > 0).astype(int)), head=2, key=jax.random.key(3))
+      'a'
 
     Source: the transfer module of Yadav and Bansal, Findings of ACL 2023.
     """
+    check_key(key)
+    shape = form(net, state.width, head, True, augment)
+    return nearest_of(state, shape, feed(data, shape, batch_size), key)
+
+
+def nearest_of(state: State, form: Form, data: Feed, key: jax.Array) -> str | None:
+    """Do the work of `nearest_task` with checked data."""
     if not state.tasks:
         return None
     x, y = _examples(form, data, key)
@@ -41,7 +78,7 @@ def nearest_task(state: State, form: Form, data: Feed, key: jax.Array) -> str | 
     for task in names(state):
         found = features(form.net, state, task, x, batch_size=EVAL_BATCH)
         if not hasattr(found, "shape"):
-            raise ArgumentError("'nearest' compares features that are one array; these are several")
+            raise ArgumentError("the nearest task is found by features that are one array; these are several")
         scores[task] = neighbour_accuracy(np.asarray(found, np.float32).reshape(len(y), -1), y)
     best = max(scores, key=lambda task: scores[task])
     return best if scores[best] > 1 / len(np.unique(y)) else None
