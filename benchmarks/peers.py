@@ -2,14 +2,14 @@
 
 Command:   python benchmarks/peers.py                    (--only step, or --only tasks, for one case)
 Needs:     pip install torch; for the second case also avalanche-lib, whose PackNet is skipped if it is not installed
-Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; two tasks: packed / torch masked <= 1.1,
-           for a small network; 3 minutes on 2 CPU cores
+Expected:  VGG16: packed / torch plain <= 1.4, packed / torch masked <= 1.3; EfficientNet-Lite0: plain / torch plain
+           <= 1.5; two tasks: packed / torch masked <= 1.1, for a small network; 5 minutes on 2 CPU cores
 Writes:    benchmarks/results/peers.json
 
-"one step" is VGG16 with batch norm and two dense layers of 4096 on 32x32 images, batch 32, SGD with momentum. "torch
-plain" is the step found in every tutorial. "torch masked" is what PackNet's and CPG's code adds to it: before the
-optimizer's step the gradients of weights of other tasks are set to 0 by boolean indexing, layer by layer, and pruned
-weights are set to 0 after it.
+"one step" is VGG16 with batch norm and two dense layers of 4096 on 32x32 images, or EfficientNet-Lite0 on 96x96, whose
+depthwise convolutions XLA's CPU compiler is slow at; batch 32, SGD with momentum. "torch plain" is the step found
+in every tutorial. "torch masked" is what PackNet's and CPG's code adds to it: before the optimizer's step the gradients
+of weights of other tasks are set to 0 by boolean indexing, layer by layer, and pruned weights are set to 0 after it.
 
 "two tasks" learns two tasks: train, prune half, train on, freeze. Avalanche refuses batch norms, so here all variants
 train a network without any, with its data, batch size and epochs: "packed" is `fit`, `prune`, `fit`, `freeze`, "torch
@@ -61,6 +61,36 @@ def torch_vgg() -> tnn.Module:
         layers.append(tnn.MaxPool2d(2))
     layers += [tnn.Flatten(), tnn.Linear(512, 4096), tnn.ReLU(), tnn.Linear(4096, 4096), tnn.ReLU()]
     return tnn.Sequential(*layers, tnn.Linear(4096, steps.CLASSES))
+
+
+class TorchBlock(tnn.Module):
+    """A block of EfficientNet-Lite: expansion, depthwise convolution, projection."""
+
+    def __init__(self, before: int, after: int, factor: int, size: int, stride: int):
+        super().__init__()
+        inside, layers = before * factor, list[tnn.Module]()
+        if factor > 1:
+            layers += [tnn.Conv2d(before, inside, 1, bias=False), tnn.BatchNorm2d(inside), tnn.ReLU6()]
+        depthwise = tnn.Conv2d(inside, inside, size, stride, size // 2, groups=inside, bias=False)
+        layers += [depthwise, tnn.BatchNorm2d(inside), tnn.ReLU6()]
+        self.layers = tnn.Sequential(*layers, tnn.Conv2d(inside, after, 1, bias=False), tnn.BatchNorm2d(after))
+        self.residual = stride == 1 and before == after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the next map."""
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+def torch_efficientnet() -> tnn.Module:
+    """Return the network of `pae.models.EfficientNetLite` with a head."""
+    layers: list[tnn.Module] = [tnn.Conv2d(3, 32, 3, 2, 1, bias=False), tnn.BatchNorm2d(32), tnn.ReLU6()]
+    before = 32
+    for channels, factor, size, stride, blocks in pae.models.EfficientNetLite().stages:
+        for number in range(blocks):
+            layers.append(TorchBlock(before, channels, factor, size, 1 if number else stride))
+            before = channels
+    layers += [tnn.Conv2d(before, 1280, 1, bias=False), tnn.BatchNorm2d(1280), tnn.ReLU6(), tnn.AdaptiveAvgPool2d(1)]
+    return tnn.Sequential(*layers, tnn.Flatten(), tnn.Linear(1280, steps.CLASSES))
 
 
 def torch_plain_cnn() -> tnn.Module:
@@ -147,14 +177,13 @@ def torch_step(model: tnn.Module, x: torch.Tensor, y: torch.Tensor, masked: Mask
     return step
 
 
-def one_step(repeats: int) -> dict[str, Any]:
-    """Compare a train step of VGG16."""
-    shape = (32, 32, 32, 3)
-    net = pae.linen(pae.models.VGG16, jnp.zeros((1, *shape[1:])))
+def one_step(model: tnn.Module, build: Callable[[float], nn.Module], size: int, repeats: int) -> dict[str, Any]:
+    """Compare a train step of a network, written for both libraries, on images of a size."""
+    shape, model = (32, size, size, 3), model.train()
+    net = pae.linen(build, jnp.zeros((1, *shape[1:])))
     state, tx, batch = steps.packed_state(net), optax.sgd(RATE, momentum=MOMENTUM), steps.random_batch(shape)
     x = torch.from_numpy(np.array(batch[0]).transpose(0, 3, 1, 2).copy())
     y = torch.from_numpy(np.array(batch[1]).astype(np.int64))
-    model = torch_vgg().train()
     second = copy.deepcopy(model)
     masked = Masked(second)
     for _ in range(2):
@@ -255,7 +284,10 @@ def main() -> None:
     settings = harness.options(__doc__, 15)
     peers = {name: version(name) for name in ("torch", "avalanche-lib") if importlib.util.find_spec(name.split("-")[0])}
     cases: dict[str, Callable[[], dict[str, Any]]] = {
-        "one step, VGG16 32x32x3, batch 32": functools.partial(one_step, settings.repeats),
+        "one step, VGG16 32x32x3, batch 32": lambda: one_step(torch_vgg(), pae.models.VGG16, 32, settings.repeats),
+        "one step, EfficientNet-Lite0 96x96x3, batch 32": lambda: one_step(
+            torch_efficientnet(), pae.models.EfficientNetLite, 96, settings.repeats
+        ),
         f"two tasks, CNN without norms 32x32x3, batch {BATCH}": functools.partial(two_tasks, 5),
     }
     harness.publish(settings, cases, peers=peers, torch_threads=torch.get_num_threads())

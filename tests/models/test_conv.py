@@ -1,11 +1,14 @@
 """`Conv` is `flax.linen.Conv`: the same parameters, values and gradients; only some primitives differ."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pae_jax.models import conv
 from pae_jax.models.conv import Conv
 
 # (map, kernel, stride, padding, whether it is computed as a matrix product)
@@ -86,6 +89,35 @@ def test_a_depthwise_convolution_is_a_sum_over_its_taps(size, kernel, stride, pa
     assert "conv_general_dilated" not in str(_jaxpr(ours, (2, *size, 3)))
 
 
+def test_a_depthwise_convolution_has_all_derivatives_of_the_convolution():
+    options = {"features": 3, "kernel_size": (3, 3), "strides": 2, "feature_group_count": 3}
+    ours, flax = _pair(**options)
+    variables, x = _concrete(flax, (2, 5, 5, 3))
+    change = jax.tree.map(jnp.cos, variables)
+
+    def derivatives(module):
+        def loss(variables, x):
+            return jnp.sum(jnp.tanh(module.apply(variables, x)))
+
+        forward = jax.jvp(loss, (variables, x), (change, x))[1]
+        by_example = jax.vmap(jax.grad(loss), (None, 0))(variables, x[:, None])
+        curvature = jax.jvp(lambda v: jax.grad(loss, (0, 1))(v, x), (variables,), (change,))[1]
+        return forward, by_example, curvature
+
+    found, expected = (jax.jit(derivatives, static_argnums=0)(module) for module in (ours, flax))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, expected)
+
+
+def test_both_gradients_of_a_depthwise_kernel_are_equal():
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 11, 9, 4), (5, 5, 1, 4)))
+
+    def gradient(sum_of_taps):
+        return jax.jit(jax.grad(lambda kernel: jnp.sum(jnp.sin(sum_of_taps(x, kernel, (2, 1), (4, 5))))))(kernel)
+
+    np.testing.assert_allclose(gradient(conv._tap_sum), gradient(conv._tap_sum_by_example), atol=1e-5, rtol=1e-5)
+
+
 def test_parameters_are_those_of_nn_conv_bit_for_bit(assert_same):
     class Two(nn.Module):
         conv: type
@@ -132,10 +164,11 @@ def test_the_structure_depends_on_the_map_alone():
 
     def depthwise(channels):
         jaxpr = _jaxpr(Conv(channels, (3, 3), feature_group_count=channels), (1, 4, 4, channels))
-        return [str(equation.primitive) for equation in jaxpr.eqns]
+        return re.findall(r" = (\w+)", str(jaxpr))
 
     assert primitives(1, 1) == primitives(512, 700)
     assert depthwise(2) == depthwise(40)
+    assert depthwise(2).count("slice") == 9 + 9  # of the image and of the kernel
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
