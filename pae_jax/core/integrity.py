@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.core import ownership
-from pae_jax.core.host_pieces import pieces
-from pae_jax.core.placement import is_spread
+from pae_jax.core.spread_arrays import is_spread, pieces
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.large_arrays import in_threads, packed_mask, selected
@@ -63,10 +62,7 @@ def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
 
     def owned(path: str) -> str:
         if is_spread(leaves := (owner[path], shared[path])):
-            found = [(ids == entry.id, weights[ids == entry.id]) for ids, weights in pieces(*leaves)]
-            return array_digest(
-                np.packbits(np.concatenate([m for m, _ in found])), np.concatenate([w for _, w in found])
-            )
+            return _owned_digest(owner[path], shared[path], entry.id)
         ids, weights = (np.asarray(leaf).reshape(-1) for leaf in leaves)
 
         def mine(block: slice) -> np.ndarray:
@@ -83,6 +79,22 @@ def task_digests(state: State, entry: TaskState) -> dict[str, bytes]:
     for part, tree in (("local", entry.local), ("head", entry.head), ("pick", entry.pick or {})):
         found.update({f"{part}/{path}": array_digest(leaf) for path, leaf in flatten(tree).items()})
     return {path: bytes.fromhex(text) for path, text in found.items()}
+
+
+def _owned_digest(owner: jax.Array, weights: jax.Array, task_id: int) -> str:
+    """Return the `array_digest` of the positions and values that a task owns; one block of rows at a time is here."""
+    digest, owned, rest = hashlib.sha256(), 0, np.zeros(0, np.bool_)
+    digest.update(f"uint8{(-(-owner.size // 8),)}".encode())
+    for (ids,) in pieces(owner):
+        bits = np.concatenate([rest, ids == task_id])
+        packed = np.packbits(bits[: bits.size // 8 * 8])
+        digest.update(packed.data)
+        owned, rest = owned + int(bits.sum()) - int(rest.sum()), bits[8 * packed.size :]
+    digest.update(np.packbits(rest).data)
+    digest.update(f"{weights.dtype}{(owned,)}".encode())
+    for ids, values in pieces(owner, weights):
+        digest.update(values[ids == task_id].view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def no_digests(shared: Tree, local: Tree, head: Tree, pick: Tree | None) -> jax.Array:

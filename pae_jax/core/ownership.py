@@ -15,6 +15,7 @@ import numpy as np
 from pae_jax.arrays import Counts, Masks, Owners, Pairs, Scores, Signs, TaskId, Weights
 from pae_jax.checks import is_traced
 from pae_jax.core import picking, placement
+from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State, TaskState, find
 from pae_jax.trees import PARAMS, Tree, flatten
 
@@ -254,7 +255,7 @@ def owner_counts(state: State) -> dict[str, np.ndarray]:
     """Return per leaf path the number of weights of each owner, int64 of shape (tasks + 1,), free ones first."""
     size = len(state.tasks) + 1
     return {
-        path: np.bincount(np.asarray(leaf).ravel(), minlength=size).astype(np.int64)
+        path: np.bincount(whole(leaf).ravel(), minlength=size).astype(np.int64)
         for path, leaf in flatten(state.owner).items()
     }
 

@@ -11,6 +11,7 @@ from pae_jax.checks import check_choice, check_key, check_name, check_width, is_
 from pae_jax.core import claiming, integrity, ownership, placement
 from pae_jax.core.picking import Picking, settle
 from pae_jax.core.placement import Placement
+from pae_jax.core.spread_arrays import sharding_of
 from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
@@ -89,7 +90,7 @@ def from_variables(net: Net, variables: Any, width: float = 1.0, *, dtype: Any =
 
 
 def _without_tasks(shared: Tree, local: Tree, width: float) -> State:
-    owner = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int8, device=placement.sharding_of(w)), shared)
+    owner = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int8, device=sharding_of(w)), shared)
     return State(
         shared=shared, owner=owner, tasks={}, width=width, local=local, layout=layout_of(shared=shared, local=local)
     )

@@ -11,6 +11,7 @@ import numpy as np
 from pae_jax.arrays import Masks, Owners, Scores, Signs, TaskId, Weights
 from pae_jax.checks import check_number
 from pae_jax.core.selection import smallest
+from pae_jax.core.spread_arrays import whole
 from pae_jax.errors import ArgumentError, CheckpointError
 
 
@@ -121,7 +122,7 @@ def settle(signs: Signs, owner: Owners, task_id: TaskId) -> Signs:
 
 def to_bits(signs: Signs, owner: Owners, task_id: int) -> np.ndarray:
     """Return signs as bits, one per older weight (two if ternary), leaf after leaf; uint8, at least one byte."""
-    leaves = [np.asarray(s)[_older(o, task_id)] for s, o in zip(*map(jax.tree.leaves, (signs, owner)), strict=True)]
+    leaves = [whole(s)[_older(o, task_id)] for s, o in zip(*map(jax.tree.leaves, (signs, owner)), strict=True)]
     flat = np.concatenate(leaves)
     planes = [flat > 0] if flat.dtype == np.bool_ else [flat > 0, flat < 0]
     packed = np.concatenate([np.packbits(plane) for plane in planes])
@@ -151,5 +152,5 @@ def from_bits(bits: np.ndarray, owner: Owners, task_id: int, ternary: bool) -> S
 
 
 def _older(owner: jax.Array, task_id: int) -> np.ndarray:
-    host = np.asarray(owner)
+    host = whole(owner)
     return (host > 0) & (host < task_id)

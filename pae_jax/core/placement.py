@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from pae_jax.checks import is_traced
+from pae_jax.core.spread_arrays import is_spread, sharding_of
 from pae_jax.core.state import State, TaskState
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net
@@ -109,18 +109,6 @@ def drawn_wider(net: Net, key: jax.Array, width: float, state: State) -> tuple[T
 
 def _drawn(net: Net, key: jax.Array, width: float, shardings: Any) -> tuple[Tree, Tree]:
     return jax.jit(lambda key: net.initial(key, width), out_shardings=shardings)(key)
-
-
-def sharding_of(leaf: Any) -> Sharding | None:
-    """Return where an array lies if that is on several devices; None otherwise, and for tracers."""
-    if not isinstance(leaf, jax.Array) or is_traced(leaf) or len(leaf.sharding.device_set) == 1:
-        return None
-    return leaf.sharding
-
-
-def is_spread(tree: Tree) -> bool:
-    """Return whether some array of a tree lies on several devices."""
-    return any(sharding_of(leaf) is not None for leaf in jax.tree.leaves(tree))
 
 
 def fitted(sharding: Any, shape: tuple[int, ...]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from pae_jax.caching import Cache
 from pae_jax.checks import is_traced
 from pae_jax.core import ownership
+from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net
@@ -60,7 +61,7 @@ def _preserved(net: Net, state: State, key: jax.Array, sharing: str) -> Tree:
         (net, state.width), lambda: trace(lambda v, x: backbone.apply(v, x, False, None)[0], variables, net.sample)
     )
     seen = ownership.visible(state.owner, ownership.id_array(len(state.tasks) + 1), sharing)
-    nonzero = jax.tree.map(lambda w, m: np.asarray(w != 0) & np.asarray(m), state.shared, seen)
+    nonzero = jax.tree.map(lambda w, m: whole((w != 0) & m), state.shared, seen)
     paths = {f"{PARAMS}/{path}": leaf for path, leaf in flatten(nonzero).items()}
     marks, alive = find_influence(program, variables, paths)
     drawn = net.initial(key, state.width)[0]

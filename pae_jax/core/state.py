@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from pae_jax.core.picking import Picking
+from pae_jax.core.spread_arrays import over_processes
 from pae_jax.errors import PhaseError, UnknownTaskError
 from pae_jax.html import ownership as ownership_bars
 from pae_jax.trees import Tree, describe, flatten
@@ -114,6 +115,8 @@ class State(struct.PyTreeNode):
 
     def _repr_html_(self) -> str:
         order = names(self)
+        if over_processes(self.owner):  # one process alone cannot count them
+            return f"<div>{html.escape(repr(self))}</div>"
         owners = {path: np.asarray(leaf).ravel() for path, leaf in flatten(self.owner).items()}
         counts = {path: np.bincount(ids, minlength=len(order) + 1) for path, ids in owners.items()}
         return f"<div>{html.escape(repr(self))}</div>{ownership_bars(order, counts)}"

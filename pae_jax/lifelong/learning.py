@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,13 +21,13 @@ from pae_jax.lifelong.ordering import as_passed, in_order
 from pae_jax.lifelong.phases import WEIGHTS
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_place, check_stream, check_task, recipe_for
-from pae_jax.lifelong.processes import together
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name, matrix_of
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.settings import settings_of
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net
+from pae_jax.processes import together
 from pae_jax.progress import progress_bar
 from pae_jax.training import Devices, devices_of
 
@@ -95,7 +96,7 @@ def learn(
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
     with _session(net, recipe_for(state, recipe), key, run, devices, progress) as session:
-        check_place(net, state, task)
+        check_place(net, state, task, run)
         checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         return _learn(session, state, checked, goal, upcoming)
 
@@ -106,8 +107,21 @@ def _session(
 ) -> Iterator[Session]:
     """Yield the settings of a call, which all processes that own the devices make."""
     where = devices_of(devices)
-    with together(where.mesh, run is not None) as processes:
+    owners = None if where.mesh is None else where.mesh.devices.flatten()
+    if run is not None:
+        _require_all(owners)
+    with together("learn", owners) as processes:
         yield Session(net, recipe, check_key(key), run, where, progress and processes.first, processes)
+
+
+def _require_all(devices: Iterable[Any] | None) -> None:
+    """Raise `ArgumentError` if some processes of this job alone would write a run folder."""
+    found = 1 if devices is None else len({device.process_index for device in devices})
+    if found != jax.process_count():
+        raise ArgumentError(
+            f"run= in a job of {jax.process_count()} processes needs devices= of all of them, found {found}. "
+            "Pass pae.Devices(jax.make_mesh((jax.device_count(),), ('data',))), or learn without run=."
+        )
 
 
 def _learn(session: Session, state: State, checked: CheckedTask, goal: float | None, upcoming: int | None) -> Outcome:
@@ -286,7 +300,7 @@ def _alone(
     if task.val is None:
         raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
     if checked is None:
-        check_place(session.net, start, task)
+        check_place(session.net, start, task, session.run)
         checked = check_task(session.net, start, task, alone, None, None, session.devices)
     return _OwnNetwork(session, checked, start, earlier)
 
@@ -380,7 +394,7 @@ def _learn_all(
     for number, task in enumerate(progress_bar(tasks, title=title, unit="task", shown=session.progress)):
         session = replace(session, recipe=recipe_for(state, recipe))
         goal, upcoming = None if goals is None else goals.get(task.name), len(tasks) - number - 1
-        check_place(net, state, task)
+        check_place(net, state, task, run)
         checked = known_tasks.pop(task.name, None)
         if checked is None:
             checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)

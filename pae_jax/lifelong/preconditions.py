@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest
+from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.lifelong.recipes import Recipe
-from pae_jax.lifelong.run_folder import folder_name
+from pae_jax.lifelong.run_folder import Run, folder_name
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net, heads
 from pae_jax.training import Devices, require_classes
@@ -19,8 +19,13 @@ def recipe_for(state: State, recipe: Recipe) -> Recipe:
     return recipe.first if recipe.first is not None and not state.tasks else recipe
 
 
-def check_place(net: Net, state: State, task: Task) -> None:
-    """Check that a network can take a task of this name."""
+def check_place(net: Net, state: State, task: Task, run: Run | None = None) -> None:
+    """Check that a network can take a task of this name, and that a run can keep its stages."""
+    if run is not None and spread_arrays.over_processes(state):
+        raise ArgumentError(
+            "run= needs arrays that each process holds whole, and those of this network are spread over several "
+            "processes. Learn without run= and pae.save the outcome in all of them, or pae.load the network whole."
+        )
     integrity.check(state)
     last = newest(state)
     integrity.require_own_net(net, state, [] if last is None else [find(state, last)])

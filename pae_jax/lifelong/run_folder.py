@@ -21,8 +21,8 @@ from pae_jax.checks import check_choice, check_flag, check_number
 from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import StageRecord
-from pae_jax.lifelong.processes import Processes
 from pae_jax.lifelong.task_folder import TaskFolder
+from pae_jax.processes import Processes
 from pae_jax.storage import files
 
 

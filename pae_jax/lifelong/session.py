@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
-from pae_jax.lifelong.processes import Processes
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run
 from pae_jax.nets import Net
+from pae_jax.processes import Processes
 from pae_jax.training import Devices
 
 

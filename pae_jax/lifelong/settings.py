@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from pae_jax.caching import program_text
-from pae_jax.core import State, find, integrity, names
+from pae_jax.core import State, find, integrity, names, spread_arrays
 from pae_jax.lifelong.recipes import plain
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
@@ -179,10 +179,19 @@ def checksums(data: Any) -> Any:
         return f"{len(data)} batches {whole:08x}"
     if not isinstance(data, (tuple, dict)):
         return None
-    as_arrays = jax.tree.map(np.asarray, data, is_leaf=lambda part: isinstance(part, list))
-    found = {}
-    for name, leaf in flatten(as_arrays).items():
-        host = np.ascontiguousarray(leaf)
-        flat = host.tobytes() if host.dtype == object else host.reshape(-1).view(np.uint8).data
-        found[name] = f"{describe(leaf)} {zlib.crc32(flat):08x}"
-    return found
+    arrays = jax.tree.map(_host, data, is_leaf=lambda part: isinstance(part, list))
+    return {name: f"{describe(leaf)} {_crc(leaf):08x}" for name, leaf in flatten(arrays).items()}
+
+
+def _host(part: Any) -> Any:
+    return part if spread_arrays.is_spread(part) else np.asarray(part)
+
+
+def _crc(leaf: Any) -> int:
+    """Return the CRC-32 of an array; of one that is spread over devices, a block of rows at a time is on the host."""
+    if leaf.dtype == object:
+        return zlib.crc32(leaf.tobytes())
+    crc = 0
+    for (piece,) in spread_arrays.pieces(leaf):
+        crc = zlib.crc32(np.ascontiguousarray(piece).view(np.uint8).data, crc)
+    return crc

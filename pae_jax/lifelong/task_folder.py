@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
+from pae_jax.comparing import difference
 from pae_jax.core import State
 from pae_jax.errors import CheckpointError, PaeError
-from pae_jax.lifelong.comparing import difference
 from pae_jax.lifelong.policy import Stage, StageRecord
-from pae_jax.lifelong.processes import Processes
 from pae_jax.nets import Net
+from pae_jax.processes import Processes
 from pae_jax.storage import Saving, files, load, read_metadata, save
 
 FROZEN = "frozen"

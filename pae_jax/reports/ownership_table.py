@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pae_jax import html
-from pae_jax.core import State, TaskState, names, owner_counts, ownership
+from pae_jax.core import State, TaskState, names, owner_counts, ownership, spread_arrays
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,4 @@ def _seen(state: State, entry: TaskState, totals: np.ndarray) -> int:
         return int(totals[list({*older, entry.id})].sum())
     owner = ownership.at_width(state, state.owner, entry.width)
     mask = ownership.visible(owner, ownership.id_array(entry.id), entry.seeing, signs)
-    return sum(int(np.asarray(leaf).sum()) for leaf in jax.tree.leaves(mask))
+    return sum(int(spread_arrays.whole(leaf).sum()) for leaf in jax.tree.leaves(mask))

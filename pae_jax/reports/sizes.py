@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_width
-from pae_jax.core import State, TaskState, find, names, ownership
+from pae_jax.core import State, TaskState, find, names, ownership, spread_arrays
 from pae_jax.nets import Net, heads
 from pae_jax.reports.paper_size import CSV_COLUMNS as CSV_COLUMNS
 from pae_jax.reports.paper_size import Counts as Counts
@@ -149,7 +149,9 @@ def deployed(state: State, task: str) -> Sizes:
     entry = find(state, task)
     owner_bytes = _owned_bytes(state)
     masks = flatten(ownership.masks(state, task))
-    visible = sum(int(np.asarray(masks[path]).sum()) * itemsize(leaf) for path, leaf in flatten(state.shared).items())
+    visible = sum(
+        int(spread_arrays.whole(masks[path]).sum()) * itemsize(leaf) for path, leaf in flatten(state.shared).items()
+    )
     parts = {
         "own": int(owner_bytes[entry.id]),
         "older": visible - int(owner_bytes[entry.id]),

@@ -11,7 +11,7 @@ import numpy as np
 
 from pae_jax import html
 from pae_jax.checks import check_number
-from pae_jax.core import State, TaskState, names, ownership
+from pae_jax.core import State, TaskState, names, ownership, spread_arrays
 from pae_jax.errors import UnknownTaskError
 from pae_jax.reports.page import text_table
 from pae_jax.trees import flatten
@@ -147,8 +147,8 @@ def _counts(state: State, entry: TaskState) -> tuple[dict[str, np.ndarray], dict
     owner = ownership.at_width(state, state.owner, entry.width)
     seen = ownership.visible(owner, ownership.id_array(entry.id), entry.seeing, ownership.signs(entry))
     size = len(state.tasks) + 1
-    host = {path: np.asarray(leaf) for path, leaf in flatten(owner).items()}
-    masks = dict(zip(host, map(np.asarray, jax.tree.leaves(seen)), strict=True))
+    host = {path: spread_arrays.whole(leaf) for path, leaf in flatten(owner).items()}
+    masks = dict(zip(host, map(spread_arrays.whole, jax.tree.leaves(seen)), strict=True))
 
     def count(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids.ravel(), minlength=size)[1:].astype(np.int64)

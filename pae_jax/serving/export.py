@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count
-from pae_jax.core import State, find, integrity, names, ownership, placement
+from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.nets import Net, task_function
 from pae_jax.serving.all_tasks import at_widths
@@ -133,11 +133,12 @@ def export(
     entries = {name: find(state, name) for name in listed}
     if not entries:
         raise ArgumentError("export needs at least one task, found none; pae.pack adds one")
+    spread_arrays.require_here("export", state)
     integrity.require_own_net(net, state, entries.values())
     function, operands = _all(net, state, listed) if task is None else _one(net, state, task)
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(operands).items()}
     structure = jax.tree.structure(operands)
-    if placement.is_spread(operands):  # the program is for one device
+    if spread_arrays.is_spread(operands):  # the program is for one device
         operands = jax.tree.unflatten(structure, list(map(jnp.asarray, arrays.values())))
 
     def inside(x: Tree) -> Tree:

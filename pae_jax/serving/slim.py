@@ -13,7 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pae_jax.core import State, TaskState, check, find, freeze, integrity, layout_of, ownership, placement, verify
+from pae_jax.core import (
+    State,
+    TaskState,
+    check,
+    find,
+    freeze,
+    integrity,
+    layout_of,
+    ownership,
+    placement,
+    spread_arrays,
+    verify,
+)
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, trial_inputs
 from pae_jax.trees import PARAMS, Tree, flatten, merge, path_name
@@ -109,6 +121,7 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     entry = find(state, task)
     if not entry.frozen:
         raise PhaseError("slim", task, "packed but not frozen", "fit, prune, freeze or drop of that task")
+    spread_arrays.require_here("slim", state)
     integrity.require_own_net(net, state, [entry])
     verify(state)
     state = placement.automatic(state)

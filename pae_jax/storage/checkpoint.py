@@ -1,4 +1,4 @@
-"""Stages on disk, by Orbax. The only file that imports it.
+"""Stages on disk.
 
 A stage is one folder, written aside, synced and renamed, so it is there completely or not at all. Arrays are Orbax's;
 what they mean is readable JSON in the file `_CHECKPOINT_METADATA`. Nothing is pickled.
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,22 +18,18 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as orbax
-from orbax.checkpoint import v1 as ocp
 
 from pae_jax.checks import check_flag, check_number
-from pae_jax.core import Placement, State, integrity, placement
-from pae_jax.errors import ArgumentError, CheckpointError, PaeError, StructureError
+from pae_jax.core import Placement, State, integrity, placement, spread_arrays
+from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.nets import Net
-from pae_jax.storage import files, stage
+from pae_jax.storage import files, joint_saving, orbax_arrays, stage
 from pae_jax.storage.background import Saving, wait_for_last
 from pae_jax.storage.shield import Decision, shielded
 from pae_jax.trees import Tree, describe, flatten, require_match
 from pae_jax.version import __version__
 
-_HALF = (".orbax-checkpoint-tmp", files.ASIDE)
-_JSON = "_CHECKPOINT_METADATA"
-_ORBAX = threading.Lock()  # it numbers the saves of a process: two at once remove each other's folders
+_HALF = (orbax_arrays.HALF, files.ASIDE)
 
 
 @overload
@@ -80,16 +75,18 @@ def save(
       path: the folder, on this machine; it must not exist, its parent is made if need be. `~` is the home folder.
       state: the network; its structural laws are checked first.
       metadata: anything JSON can say, such as metrics; `read_metadata` gives it back.
-      timeout: seconds. In a job of several processes process 0 writes, whether the others call or not; another one
-        waits so long for what process 0 writes.
+      timeout: seconds, in a job of several processes. Of arrays that all have whole process 0 writes, whether the
+        others call or not; another one waits so long for what process 0 writes. Arrays that are spread over several
+        processes they write together: each makes this call, with the same folder, within so many seconds.
       wait: whether to return only once the stage is on the disk.
 
     Returns:
       With `wait=False` a `Saving`: its `wait()` returns once the stage is on the disk, or raises. Otherwise None.
 
     Raises:
-      ArgumentError: metadata is not JSON.
-      StructureError: the state breaks a structural law, or is spread over the devices of several processes.
+      ArgumentError: metadata is not JSON, or `wait=False` for arrays that are spread over several processes.
+      StructureError: the state breaks a structural law.
+      ProcessError: arrays are spread over several processes, and one of them failed or did not make the call.
       CheckpointError: the folder exists, has a name that `load` refuses, cannot be written, the disk is full, or
         process 0 did not write the same stage in time; other stages are untouched. Or an earlier stage that this
         thread saved with `wait=False` could not be written and nobody had waited for it; then this one is not either.
@@ -111,17 +108,19 @@ def save(
     """
     path, timeout = _stage_path(path), check_number("timeout", timeout, 0.0)
     check_flag("wait", wait)
-    _require_here(state)
-    integrity.check(state)
     try:
         extra = json.loads(json.dumps(dict(metadata or {}), allow_nan=True))
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"metadata must be what JSON can say: {error}") from error
+    if spread_arrays.over_processes(state):
+        if not wait:
+            raise ArgumentError("wait=False cannot save arrays that are spread over several processes; leave it out")
+        wait_for_last(path)
+        return joint_saving.save_together(path, state, extra, timeout)
+    integrity.check(state)
     wait_for_last(path)
     if not jax.process_index():
-        with files.disk_errors(f"cannot write the stage {path}"):
-            if os.path.lexists(path):
-                raise _exists(path)
+        files.require_new(path)
     if wait:
         put, decision = _writer(path, state, extra, timeout), Decision()
         return put(decision) if jax.process_index() else shielded(lambda: put(decision), decision.stop)
@@ -202,7 +201,7 @@ def contents(path: Path) -> tuple[dict[str, Any], Tree]:
     """Return the JSON of a stage, and shapes and dtypes of its arrays, which are those that the JSON lists."""
     facts = _facts(path)
     _require_regular(path)
-    stored = shielded(lambda: _stored(path))
+    stored = shielded(lambda: orbax_arrays.shapes(path))
     _require_listed(path, facts, stored)
     return facts, stored
 
@@ -222,18 +221,6 @@ def _stage_path(path: str | Path) -> Path:
     return path
 
 
-def _require_here(state: State) -> None:
-    """Raise `StructureError` for arrays of which this process has a part alone."""
-    for name, leaf in flatten(state).items():
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            hint = "Gather it first, for example by jax.experimental.multihost_utils.process_allgather."
-            raise StructureError("state", name, "an array spread over several processes", "a whole one", hint)
-
-
-def _exists(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} exists; a stage is written once. Choose another name, or remove it first.")
-
-
 def _wait_for(path: Path, facts: dict[str, Any], timeout: float) -> None:
     """Return once process 0 has written the same stage; only it can write."""
     end = time.monotonic() + timeout
@@ -250,43 +237,15 @@ def _wait_for(path: Path, facts: dict[str, Any], timeout: float) -> None:
 
 def _write(path: Path, arrays: Tree, facts: dict[str, Any], decision: Decision) -> None:
     """Write a stage under a name of its own, sync it, and give it its name unless that was stopped."""
-    with _orbax_errors(f"cannot write the stage {path}", "Earlier stages are untouched."):
+    with orbax_arrays.errors(f"cannot write the stage {path}", "Earlier stages are untouched."):
         files.make_folder(path.parent)
         with files.folder_aside(path.parent) as aside:
-            _write_orbax(aside / "stage", arrays, facts)
+            orbax_arrays.write(aside / "stage", arrays, facts)
             files.sync_tree(aside / "stage")
             _require_whole(aside / "stage", facts)
-            try:
-                published = decision.publish(lambda: os.rename(aside / "stage", path))
-            except OSError as error:
-                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise _exists(path) from error
-                raise
-            if not published:
+            if not decision.publish(lambda: files.rename_new(aside / "stage", path)):
                 raise CheckpointError(f"an interrupt has stopped the writing of {path}; there is no stage. Save again.")
             files.sync_folder(path.parent)
-
-
-def _write_orbax(path: Path, arrays: Tree, facts: dict[str, Any]) -> None:
-    if jax.process_count() == 1:
-        with _ORBAX, _folders_first():
-            ocp.save(str(path), arrays, custom_metadata=facts)
-        return
-    # Orbax's present interface waits for all processes; its older one, of the same format, can be told not to.
-    alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="pae")
-    handler = orbax.CompositeCheckpointHandler(
-        state=orbax.StandardCheckpointHandler(multiprocessing_options=alone),
-        composite_options=orbax.CompositeOptions(multiprocessing_options=alone),
-    )
-    with _ORBAX, orbax.Checkpointer(handler, multiprocessing_options=alone) as writer:
-        writer.save(path, args=orbax.args.Composite(state=orbax.args.StandardSave(arrays)), custom_metadata=facts)
-
-
-def _folders_first() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which Orbax makes its folders before it writes into them, in no other thread."""
-    context = ocp.Context()
-    context.asynchronous.create_directories_asynchronously = False
-    return context
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -296,9 +255,9 @@ def _facts(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"no stage at {path}: the folder does not exist")
         if any(part in path.name for part in _HALF):
             raise CheckpointError(f"{path} is a half-written stage; it can be removed. Use the stage before it.")
-        if not (path / _JSON).exists():
-            raise CheckpointError(f"{path} is not a complete Orbax checkpoint: it has no {_JSON}")
-    whole = files.as_json(path / _JSON, files.read_bytes(path / _JSON))
+        if not (path / orbax_arrays.JSON).exists():
+            raise CheckpointError(f"{path} is not a complete Orbax checkpoint: it has no {orbax_arrays.JSON}")
+    whole = files.as_json(path / orbax_arrays.JSON, files.read_bytes(path / orbax_arrays.JSON))
     facts = whole.get("custom_metadata") if isinstance(whole, dict) else None
     if not isinstance(facts, dict) or facts.get("format") != stage.FORMAT:
         raise CheckpointError(f"{path} was not written by pae_jax.save")
@@ -321,16 +280,10 @@ def _require_regular(path: Path) -> None:
             files.require_regular(Path(folder, name))
 
 
-def _stored(path: Path) -> Tree:
-    """Return shapes and dtypes as Orbax has stored them."""
-    with _orbax_errors(f"{path} is not a complete Orbax checkpoint"), _alone():
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ocp.metadata(str(path)).metadata)
-
-
 def _arrays(path: Path, facts: dict[str, Any], stored: Tree) -> Tree:
     """Return the arrays of a stage, as they were saved."""
-    with _orbax_errors(f"the arrays of stage {path} cannot be read; it is damaged"), _alone():
-        arrays = ocp.load(str(path), jax.tree.map(_target, stored))
+    with orbax_arrays.errors(f"the arrays of stage {path} cannot be read; it is damaged"):
+        arrays = orbax_arrays.read(path, stored)
     for name, leaf in flatten(arrays).items():
         if integrity.array_digest(leaf) != facts["arrays"][name]["sha256"]:
             raise CheckpointError(f"stage {path} is damaged: '{name}' is not what was saved. Use another stage.")
@@ -341,28 +294,16 @@ def _with_sharding(leaf: Any, plan: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.sharding)
 
 
-def _target(leaf: jax.ShapeDtypeStruct) -> Any:
-    """Return what asks Orbax for an array in the memory of the host, or on the devices of a sharding."""
-    return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
-
-
 def _require_whole(path: Path, facts: dict[str, Any]) -> None:
     """Read back what was written: Orbax does not notice every call of the system that fails."""
     try:
         if _facts(path)["sha256"] != facts["sha256"]:
             raise CheckpointError("its metadata is not what was given")
-        stored = _stored(path)
+        stored = orbax_arrays.shapes(path)
         _require_listed(path, facts, stored)
         _arrays(path, facts, stored)
     except CheckpointError as error:
         raise OSError(errno.EIO, f"it was read back otherwise than it was written: {error}") from error
-
-
-def _alone() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which Orbax waits for no other process."""
-    context, me = ocp.Context(), jax.process_index()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
-    return context
 
 
 def _require_listed(path: Path, facts: dict[str, Any], stored: Tree) -> None:
@@ -373,17 +314,6 @@ def _require_listed(path: Path, facts: dict[str, Any], stored: Tree) -> None:
             raise CheckpointError(f"{path} is damaged: array '{name}' is {describe(leaf)}, not what its metadata lists")
     if listed:
         raise CheckpointError(f"{path} is damaged: the array '{min(listed)}' is missing")
-
-
-@contextlib.contextmanager
-def _orbax_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever Orbax and TensorStore raise for a full disk or a damaged file into a `CheckpointError`."""
-    try:
-        yield
-    except PaeError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{what}: {error}. {advice}".rstrip()) from error
 
 
 @contextlib.contextmanager

@@ -66,6 +66,27 @@ def require_regular(path: Path) -> None:
         raise CheckpointError(f"{path} is no regular file, but a pipe or a device. Remove it.")
 
 
+def require_new(path: Path) -> None:
+    """Raise `CheckpointError` if a stage of this name would replace something."""
+    with disk_errors(f"cannot write the stage {path}"):
+        if os.path.lexists(path):
+            raise _exists(path)
+
+
+def rename_new(folder: Path, path: Path) -> None:
+    """Give a stage its name; raise `CheckpointError` if it would replace something."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise _exists(path) from error
+        raise
+
+
+def _exists(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} exists; a stage is written once. Choose another name, or remove it first.")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that has all its bytes or stays what it was, after a power cut too.
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import pae_jax as pae
 from pae_jax.core import integrity, placement, pruning
-from pae_jax.core.host_pieces import pieces
+from pae_jax.core.spread_arrays import pieces
 from pae_jax.trees import flatten
 
 KEY = jax.random.key
@@ -286,8 +286,10 @@ def test_a_digest_is_that_of_one_device_and_takes_one_block_of_rows_at_a_time():
                 continue
             many = jax.device_put(value, NamedSharding(mesh, spec))
             assert integrity.array_digest(many) == integrity.array_digest(value), spec
-    rows = jax.device_put(np.zeros((8, 4), np.float32), NamedSharding(mesh, P("model")))
-    assert [piece.size for (piece,) in pieces(rows)] == [8] * 4
+    zeros = np.zeros((8, 4), np.float32)
+    rows, columns = (jax.device_put(zeros, NamedSharding(mesh, spec)) for spec in (P("model"), P(None, "model")))
+    for arrays in ((rows,), (columns,), (rows, columns), (zeros, columns)):
+        assert [[piece.size for piece in found] for found in pieces(*arrays)] == [[8] * len(arrays)] * 4
 
 
 # Whatever devices two states are on

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pae_jax as pae
-from pae_jax.lifelong import one_task, processes, task_folder
+from pae_jax import processes
+from pae_jax.lifelong import one_task, task_folder
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate
 from pae_jax.storage import digests
 from pae_jax.trees import flatten

@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import Mesh
 
 import pae_jax as pae
-from pae_jax.lifelong import processes
-from pae_jax.lifelong.comparing import difference
-from pae_jax.lifelong.processes import Processes, together
+from pae_jax import processes
+from pae_jax.comparing import difference
 from pae_jax.lifelong.task_folder import TaskFolder
+from pae_jax.processes import Processes, together
 
 SCRIPT = Path(__file__).parent / "learning_process.py"
 program = runpy.run_path(str(SCRIPT))
@@ -172,7 +172,7 @@ def test_a_process_that_waits_in_a_collective_for_one_that_was_interrupted_is_en
 
 
 def test_one_process_asks_nobody():
-    with together(None, written=True) as alone:
+    with together("learn", None) as alone:
         assert alone.alone and alone.first
         assert alone.ask("anything", lambda: object) is object
         alone.require_same("anything", object)
@@ -229,7 +229,7 @@ def test_a_mesh_without_a_device_of_this_process_is_refused(monkeypatch):
     mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     with pytest.raises(pae.ArgumentError, match="process 3 has no device in the mesh"):
-        together(mesh, written=False).__enter__()
+        together("learn", mesh.devices.flat).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 
 import pae_jax as pae
 from pae_jax.lifelong import one_task
-from pae_jax.lifelong.processes import Processes
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.settings import checksums
 from pae_jax.lifelong.task import CheckedTask
+from pae_jax.processes import Processes
 from pae_jax.storage import files
 
 KEY = jax.random.key(7)

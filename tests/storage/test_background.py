@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.storage import checkpoint, files, stage
+from pae_jax.storage import files, orbax_arrays, stage
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def full(monkeypatch):
         raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "save", save)
+        patch.setattr(orbax_arrays.ocp, "save", save)
         yield patch.undo
 
 

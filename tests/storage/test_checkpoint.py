@@ -343,9 +343,9 @@ def test_picks_of_a_wrong_length_are_refused_and_the_task_named(net, make_pickin
 def test_a_flipped_bit_of_a_stored_pick_is_found_and_the_task_named(net, make_picking, tmp_path, monkeypatch):
     """Once on the way to the disk, after its checksum was taken; once before it, where only `verify` can tell."""
     from pae_jax.core import picking
-    from pae_jax.storage import checkpoint
+    from pae_jax.storage import checkpoint, orbax_arrays
 
-    state, save, to_bits = make_picking(PICKING["ternary"]), checkpoint.ocp.save, picking.to_bits
+    state, save, to_bits = make_picking(PICKING["ternary"]), orbax_arrays.ocp.save, picking.to_bits
 
     def flip(bits):
         return bits ^ (np.arange(bits.size) == 1).astype(np.uint8)
@@ -355,7 +355,7 @@ def test_a_flipped_bit_of_a_stored_pick_is_found_and_the_task_named(net, make_pi
         return save(path, {**arrays, "tasks": tasks}, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "save", save_flipped)
+        patch.setattr(orbax_arrays.ocp, "save", save_flipped)
         with pytest.raises(pae.CheckpointError, match=r"read back otherwise.*'tasks/2/pick' is not what was saved"):
             pae.save(tmp_path / "flipped", state)
         assert list(tmp_path.iterdir()) == []
@@ -691,9 +691,9 @@ def test_a_flipped_bit_in_a_stored_array_is_found_even_if_the_file_format_does_n
     net, second, tmp_path, monkeypatch
 ):
     """The array is changed on its way to the disk, after its checksum was taken."""
-    from pae_jax.storage import checkpoint
+    from pae_jax.storage import checkpoint, orbax_arrays
 
-    original = checkpoint.ocp.save
+    original = orbax_arrays.ocp.save
 
     def save(path, arrays, **options):
         kernel = np.array(arrays["shared"]["Dense_0"]["kernel"])
@@ -701,7 +701,7 @@ def test_a_flipped_bit_in_a_stored_array_is_found_even_if_the_file_format_does_n
         arrays = {**arrays, "shared": {**arrays["shared"], "Dense_0": {"kernel": kernel}}}
         return original(path, arrays, **options)
 
-    monkeypatch.setattr(checkpoint.ocp, "save", save)
+    monkeypatch.setattr(orbax_arrays.ocp, "save", save)
     with pytest.raises(pae.CheckpointError, match=r"read back otherwise.*shared/Dense_0/kernel"):
         pae.save(tmp_path / "stage", second)
     assert list(tmp_path.iterdir()) == []
@@ -892,11 +892,11 @@ def press_ctrl_c(patch, target, name):
 
 @pytest.mark.parametrize("moment", ["save", "sync_tree"])
 def test_an_interrupted_save_leaves_nothing_and_the_same_call_works(net, second, tmp_path, state_facts, moment):
-    from pae_jax.storage import checkpoint, files
+    from pae_jax.storage import files, orbax_arrays
 
     path = tmp_path / "stage"
     with pytest.MonkeyPatch.context() as patch:
-        press_ctrl_c(patch, checkpoint.ocp if moment == "save" else files, moment)
+        press_ctrl_c(patch, orbax_arrays.ocp if moment == "save" else files, moment)
         with pytest.raises(KeyboardInterrupt):
             pae.save(path, second)
     assert list(tmp_path.iterdir()) == []
@@ -905,10 +905,10 @@ def test_an_interrupted_save_leaves_nothing_and_the_same_call_works(net, second,
 
 
 def test_an_interrupted_load_is_an_interrupt_and_the_same_call_works(net, stage, second, state_facts):
-    from pae_jax.storage import checkpoint
+    from pae_jax.storage import orbax_arrays
 
     with pytest.MonkeyPatch.context() as patch:
-        press_ctrl_c(patch, checkpoint.ocp, "load")
+        press_ctrl_c(patch, orbax_arrays.ocp, "load")
         with pytest.raises(KeyboardInterrupt):
             pae.load(net, stage)
     assert state_facts(pae.load(net, stage)) == state_facts(second)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pae_jax.checks import check_choice
-from pae_jax.core import State, integrity
+from pae_jax.core import State, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
 from pae_jax.nets import Net
 from pae_jax.storage import files
@@ -75,6 +75,7 @@ def write_bundle(
       >>> bool((pae.predict(net, device, "b", x) == pae.predict(net, state, "b", x)).all())
       True
     """
+    spread_arrays.require_here("write_bundle", state)
     integrity.check(state, net)
     return write_state(path, state, tasks, after, weights, local, lambda whole: _measured(net, whole, dict(data or {})))
 

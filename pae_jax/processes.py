@@ -9,15 +9,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
 
+from pae_jax.comparing import difference
 from pae_jax.errors import ArgumentError, PaeError, ProcessError
-from pae_jax.lifelong.comparing import difference
 
 T = TypeVar("T")
 
@@ -171,30 +170,25 @@ class Processes:
 
 
 @contextlib.contextmanager
-def together(mesh: Mesh | None, written: bool) -> Iterator[Processes]:
-    """Yield the processes that own the devices of a mesh, for one call that each of them makes.
+def together(what: str, devices: Iterable[Any] | None, seconds: float = BEGIN) -> Iterator[Processes]:
+    """Yield the processes that own some devices, for one call that each of them makes.
 
     An error in one of them, Ctrl-C too, is a `ProcessError` in the others. One that cannot raise it because it waits
     on a device for what never comes is ended after `GRACE` seconds. JAX ends those that wait for a killed process.
 
     Args:
-      mesh: the devices; None for one of this process.
-      written: whether the call writes a run folder.
+      what: the call, the same in all of them.
+      devices: what shares the work; None for this process alone.
+      seconds: in which all of them must make the call.
 
     Raises:
-      ArgumentError: the run folder would be written by some of the processes, none of the devices is of this one, or
-        the processes cannot talk.
-      ProcessError: another process failed, or did not make the call.
+      ArgumentError: none of the devices is of this process, or the processes cannot talk.
+      ProcessError: another process failed, did not make the call, or made another one.
     """
     me = jax.process_index()
-    members = (me,) if mesh is None else tuple(sorted({device.process_index for device in mesh.devices.flat}))
+    members = (me,) if devices is None else tuple(sorted({device.process_index for device in devices}))
     if me not in members:
         raise ArgumentError(f"process {me} has no device in the mesh, which has those of processes {list(members)}")
-    if written and len(members) != jax.process_count():
-        raise ArgumentError(
-            f"run= in a job of {jax.process_count()} processes needs devices= of all of them, found {len(members)}. "
-            "Pass pae.Devices(jax.make_mesh((jax.device_count(),), ('data',))), or learn without run=."
-        )
     if len(members) == 1:
         yield Processes(members)
         return
@@ -204,9 +198,11 @@ def together(mesh: Mesh | None, written: bool) -> Iterator[Processes]:
     processes = Processes(members, f"pae_jax/{number}")
     threading.Thread(target=processes._watch, args=(ended,), daemon=True).start()
     try:
-        processes.meet("begin", BEGIN)
+        processes.meet("begin", seconds)
         if processes.first:
             _service().key_value_delete(f"pae_jax/{number - 1}/")
+        processes.agree(what, None)
+        processes.meet("same call")
         yield processes
         processes.meet("end")
     except BaseException as error:
