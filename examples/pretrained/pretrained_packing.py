@@ -115,12 +115,13 @@ def learn(
             {path: leaf if encoder.is_kernel(path) else jnp.zeros_like(leaf) for path, leaf in flat(scores).items()}
         )
     state = pae.pack(net, state, task.name, allow_empty=True, **new)
+    optimizer = settings.with_picks if way.sharing == "picked" else settings.optimizer
     state, history = pae.fit(
         net,
         state,
         task.name,
         task.train,
-        optimizer=settings.optimizer(len(task.train[1])),
+        optimizer=optimizer(len(task.train[1])),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         val=task.val,

@@ -16,12 +16,14 @@ class Settings:
     Attributes:
       rate: learning rate of adapters, biases, norms, new neurons and heads.
       full_rate: learning rate where the whole network is trained.
+      pick_rate: learning rate of the scores of picks.
     """
 
     epochs: int = 3
     batch_size: int = 32
     rate: float = 2e-3
     full_rate: float = 2e-4
+    pick_rate: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 1e-4
 
@@ -31,13 +33,32 @@ class Settings:
 
     def optimizer(self, examples: int, full: bool = False) -> optax.GradientTransformation:
         """Return AdamW with warm-up and cosine; one object per number of steps, so that tasks share compiled steps."""
-        return _adamw(self.full_rate if full else self.rate, self.steps(examples), self.warmup, self.weight_decay)
+        return self._adamw(self.full_rate if full else self.rate, examples)
+
+    def with_picks(self, examples: int) -> optax.GradientTransformation:
+        """Return the same with another rate for the scores of picks, which do not decay."""
+        scores = self._adamw(self.pick_rate, examples, 0.0)
+        return _partition(self.optimizer(examples), scores)
+
+    def _adamw(self, rate: float, examples: int, weight_decay: float | None = None) -> optax.GradientTransformation:
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        return _adamw(rate, self.steps(examples), self.warmup, decay)
 
 
 @functools.cache
 def _adamw(rate: float, steps: int, warmup: float, weight_decay: float) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(int(warmup * steps), 1), max(steps, 2))
     return optax.adamw(schedule, weight_decay=weight_decay)
+
+
+@functools.cache
+def _partition(
+    others: optax.GradientTransformation, picks: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    return optax.partition(
+        {"others": others, "picks": picks},
+        lambda params: {part: "picks" if part == "pick" else "others" for part in params},
+    )
 
 
 @dataclasses.dataclass
