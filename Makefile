@@ -10,15 +10,15 @@ demo: .venv/demo.installed
 	$(BIN)/python examples/enrol_faces.py --out runs/enrol_faces
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The laws, the core and the widening engine, in two minutes.
 quick: .venv/test.installed
-	$(BIN)/python -m pytest -n auto tests/core tests/widening tests/test_layers.py
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/core tests/widening tests/test_layers.py
 
 # The property tests with examples drawn anew, five times.
 fuzz: .venv/test.installed
-	for round in 1 2 3 4 5; do HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n auto -m hypothesis tests || exit 1; done
+	for round in 1 2 3 4 5; do HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis tests || exit 1; done
 
 # Ten thousand faults: half an hour; stopped and started again, it goes on.
 torture: .venv/test.installed
