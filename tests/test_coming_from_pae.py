@@ -82,5 +82,6 @@ def test_the_page_names_commands_for_the_scripts_of_the_authors():
         "facial_modules.py",
         "inference.py",
         "align_faces.py",
+        "lfw.py",
     }
     assert len(CALLS) > 20

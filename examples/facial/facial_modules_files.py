@@ -38,3 +38,14 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
         raise CheckpointError(f"{out} was begun with other settings ({record}); pass another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(record, mine)
+
+
+def open_phases(out: Path, settings: dict[str, dict[str, Any]], begun: dict[str, bool]) -> None:
+    """Make the folder of a run, or check that the phases that have begun were started with the same settings."""
+    record, mine = out / "settings.json", json.loads(json.dumps(settings))
+    before = read_json(record) if record.exists() else mine
+    for phase in mine:
+        if begun[phase] and before.get(phase) != mine[phase]:
+            raise CheckpointError(f"{out}: {phase} was begun with other settings ({record}); pass another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, mine)

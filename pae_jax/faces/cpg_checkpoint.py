@@ -1,11 +1,12 @@
-"""Checkpoints of CPG's authors: a packed VGG16 of several tasks with picks, written by PyTorch."""
+"""Checkpoints of CPG's authors: a packed network of several tasks with picks, written by PyTorch."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,50 +15,23 @@ import numpy as np
 from pae_jax.core import Picking, State
 from pae_jax.errors import StructureError
 from pae_jax.faces import placing
+from pae_jax.faces.angular import AngularHead
+from pae_jax.faces.cpg_layers import Layer, layers_of
 from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order, without_free
-from pae_jax.faces.placing import STATS, Entry
+from pae_jax.faces.placing import Entry
 from pae_jax.models import read_nested
 from pae_jax.nets import Net
-from pae_jax.trees import PARAMS, Tree, describe, flatten
+from pae_jax.trees import PARAMS, Tree, describe
 
-
-class _Layer(NamedTuple):
-    """A layer with a kernel.
-
-    Attributes:
-      kernel: path of the convolution or dense layer in our variables.
-      norm: path of its batch norm; None for a dense layer, which has a bias.
-      name: of the layer in the checkpoint; its batch norm is the next one.
-    """
-
-    kernel: str
-    norm: str | None
-    name: str
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """Torch has (out, in, height, width) and (out, in): `ours = theirs.transpose(axes)`."""
-        return (1, 0) if self.norm is None else (2, 3, 1, 0)
-
-
-def _layers() -> tuple[_Layer, ...]:
-    found, at = [], 0
-    for block, convolutions in enumerate((2, 2, 3, 3, 3), start=1):
-        for number in range(1, convolutions + 1):
-            found.append(_Layer(f"Conv_{block}_{number}", f"BatchNorm_{block}_{number}", f"features.{at}"))
-            at += 3  # the convolution, its norm, ReLU
-        at += 1  # the pool
-    # A flattening comes before the first dense layer, a ReLU before the second.
-    return (*found, _Layer("Dense_1", None, f"features.{at + 1}"), _Layer("Dense_2", None, f"features.{at + 3}"))
-
-
-_LAYERS = _layers()
-_NORM = {
-    f"{PARAMS}/{{}}/scale": "bn_layer_weight",
-    f"{PARAMS}/{{}}/bias": "bn_layer_bias",
-    f"{STATS}/{{}}/mean": "bn_layer_running_mean",
-    f"{STATS}/{{}}/var": "bn_layer_running_var",
-}
+# Dicts of a task's variables in `shared_layer_info`.
+_KINDS = (
+    "bias",
+    "bn_layer_weight",
+    "bn_layer_bias",
+    "bn_layer_running_mean",
+    "bn_layer_running_var",
+    "prelu_layer_weight",
+)
 
 
 def load_cpg_checkpoint(net: Net, path: str | Path) -> State:
@@ -66,17 +40,23 @@ def load_cpg_checkpoint(net: Net, path: str | Path) -> State:
     Task k computes with its own weights and with the older ones that it picks, those whose real mask is above 0.005.
     Names, order, classes and widths of the tasks are in the checkpoint. Weights that no task owns become 0.
 
-    No checkpoint of the authors was at hand. The names and layouts are those of their code for CIFAR-100
-    (`custom_vgg_cifar100`), and the format that of PyTorch; `verify` and the accuracy on your test data tell whether
-    yours was read as it was meant.
+    | network | in the authors' code | experiment |
+    |---|---|---|
+    | `pae.models.VGG16`, 32 x 32 images | `custom_vgg_cifar100` | twenty tasks of CIFAR-100 |
+    | `pae.models.resnet50` | `resnet50` | ImageNet to fine-grained |
+    | `pae.models.SphereNet20`, 112 x 112 images | `spherenet20` | faces |
+
+    No checkpoint of the authors was at hand. The names and layouts are those of their code, and the format that of
+    PyTorch; `verify` and the accuracy on your test data tell whether yours was read as it was meant.
 
     Args:
-      net: `pae.linen(pae.models.VGG16, sample)` with 32 x 32 images.
+      net: `pae.linen(build, sample)` with one of these networks.
       path: a .pth.tar file of `torch.save`. PyTorch is not needed.
 
     Returns:
       A state at the width of the last task. Tasks of the authors start from the norms of the one before:
-      `pae.pack(..., sharing="picked", local_init=NAME)`.
+      `pae.pack(..., sharing="picked", local_init=NAME)`. The head of a task with an embedding, such as
+      `face_verification`, is a `pae.faces.losses.AngularHead`, which `pae.load` is to be given: `heads={NAME: head}`.
 
     Raises:
       DataError: a missing or damaged file, one that holds other objects, or an array with NaN, infinity or a negative
@@ -96,20 +76,41 @@ def load_cpg_checkpoint(net: Net, path: str | Path) -> State:
     tree, source = read_nested(path), path.name
     members = _members(source, tree)
     require_order(members)
-    _require_network(net, members)
-    place = frame(net, members)
-    arrays, masks = _mapping(source, tree, "model_state_dict"), _masks(source, tree)
-    shared, owner = _weights(source, arrays, masks, place)
-    local, logits, picks = [], [], []
+    layers = layers_of(net, members[0].width)
+    file = _File(source, tree, layers, frame(net, members))
+    shared, owner = _weights(file)
+    local, heads, picks = [], [], []
     for number, member in enumerate(members, start=1):
-        info = _mapping(source, tree, "shared_layer_info", member.name)
-        local.append(_local(source, info, place, member))
-        features = jax.tree.leaves(net.layout(member.width).features)[0].shape[-1]
-        weight, bias = f"classifiers.{number - 1}.weight", f"classifiers.{number - 1}.bias"
-        found = placing.classifier(source, arrays, weight, bias, (1, 0), features)
-        logits.append(head_variables(net, member, found, source))
-        picks.append(_picks(source, info, place, member, owner, number) if number > 1 else None)
-    return assemble(place, members, shared, owner, local, logits, picks)
+        local.append(_local(file, member))
+        heads.append(head_variables(net, member, _head(file, member, number), source))
+        # The first task may have a mask too: of its own weights, all of which it must pick.
+        masked = number > 1 or file.info(member).get("piggymask")
+        picks.append(_picks(file, member, owner, number) if masked else None)
+    return assemble(file.place, members, shared, owner, local, heads, [None, *picks[1:]])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _File:
+    """What is read: the contents of a file, and the layers and widths of the network that it is read for."""
+
+    source: str
+    tree: Any
+    layers: tuple[Layer, ...]
+    place: Frame
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """The variables of the last task's model, of which the kernels and all classifiers are read."""
+        return _mapping(self.source, self.tree, "model_state_dict")
+
+    @property
+    def names(self) -> list[str]:
+        """The layers in the checkpoint."""
+        return [layer.name for layer in self.layers]
+
+    def info(self, member: Member) -> Mapping[str, Any]:
+        """Return the variables that a task has for itself."""
+        return _mapping(self.source, self.tree, "shared_layer_info", member.name)
 
 
 def _mapping(source: str, tree: Any, *keys: str) -> Mapping[str, Any]:
@@ -124,7 +125,8 @@ def _mapping(source: str, tree: Any, *keys: str) -> Mapping[str, Any]:
 
 def _members(source: str, tree: Any) -> list[Member]:
     """Return the tasks of a checkpoint, in order."""
-    classes, members = _mapping(source, tree, "dataset2num_classes"), []
+    classes, arrays = (_mapping(source, tree, key) for key in ("dataset2num_classes", "model_state_dict"))
+    members: list[Member] = []
     history = tree.get("dataset_history")
     names = isinstance(history, list) and all(isinstance(name, str) for name in history)
     if not names or len(set(history)) != len(history):
@@ -137,37 +139,29 @@ def _members(source: str, tree: Any) -> list[Member]:
             raise StructureError(source, where, repr(width), "the width of the task, a number above 0")
         if not isinstance(count, int) or count < 1:
             raise StructureError(source, f"dataset2num_classes/{name}", repr(count), "a number of classes")
-        members.append(Member(name, count, float(width), "picked" if members else "all"))
+        embedding = f"classifiers.{len(members)}.0.bias"  # a task of classes has `classifiers.N.bias`
+        head = AngularHead(count, _array(source, arrays, embedding).size) if embedding in arrays else count
+        members.append(Member(name, head, float(width), "picked" if members else "all"))
     return members
 
 
-def _require_network(net: Net, members: list[Member]) -> None:
-    """Raise unless the network is CPG's for CIFAR-100, whose last map has one pixel."""
-    weights = flatten(net.layout(members[0].width).shared)
-    same = weights.keys() == {f"{layer.kernel}/kernel" for layer in _LAYERS}
-    if not same or weights["Dense_1/kernel"].shape[0] != weights["Conv_5_3/kernel"].shape[-1]:
-        found = f"{net.source} with {len(weights)} shared leaves"
-        raise StructureError("network", "", found, "pae.linen(pae.models.VGG16, sample) with 32 x 32 images")
-
-
-def _masks(source: str, tree: Any) -> dict[str, np.ndarray]:
-    """Return the masks by the names of their layers."""
-    masks = {str(name).removeprefix("module."): mask for name, mask in _mapping(source, tree, "masks").items()}
-    names = [layer.name for layer in _LAYERS]
-    missing, unexpected = [n for n in names if n not in masks], [n for n in masks if n not in names]
+def _require_names(source: str, where: str, found: Mapping[str, Any], names: list[str]) -> None:
+    """Raise unless a dict has one entry for each layer."""
+    missing, unexpected = [n for n in names if n not in found], [n for n in found if n not in names]
     if missing or unexpected:
-        found = f"{len(missing)} missing{placing.listing(missing)}, {len(unexpected)} unexpected"
-        raise StructureError(source, "masks", found + placing.listing(unexpected), f"those of {len(names)} layers")
-    return masks
+        text = f"{len(missing)} missing{placing.listing(missing)}, {len(unexpected)} unexpected"
+        expected = f"those of {len(names)} layers"
+        raise StructureError(source, where, text + placing.listing(unexpected), expected, "Is it another network?")
 
 
-def _weights(
-    source: str, arrays: Mapping[str, Any], masks: Mapping[str, Any], place: Frame
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _weights(file: _File) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return weights and owners by path."""
+    source, place, arrays = file.source, file.place, file.arrays
+    masks = {str(name).removeprefix("module."): mask for name, mask in _mapping(source, file.tree, "masks").items()}
+    _require_names(source, "masks", masks, file.names)
     wanted, shared, owner = place.variables(place.width), {}, {}
-    for layer in _LAYERS:
-        path, name = f"{PARAMS}/{layer.kernel}/kernel", f"{layer.name}.weight"
+    for layer in file.layers:
+        path, name = layer.path, f"{layer.name}.weight"
         leaf, mask, weights = wanted[path], masks[layer.name], _array(source, arrays, name)
         shape = tuple(leaf.shape[axis] for axis in np.argsort(layer.axes))
         if getattr(mask, "shape", None) != shape or not np.issubdtype(mask.dtype, np.integer):
@@ -180,29 +174,50 @@ def _weights(
     return shared, owner
 
 
-def _local(source: str, info: Mapping[str, Any], place: Frame, member: Member) -> dict[str, np.ndarray]:
-    """Return the norms and biases of a task by path."""
-    own, found = place.variables(member.width), {}
-    for layer in _LAYERS:
-        kinds = {f"{PARAMS}/{layer.kernel}/bias": "bias"}
-        name = layer.name
-        if layer.norm is not None:
-            kinds = {path.format(layer.norm): kind for path, kind in _NORM.items()}
-            name = f"features.{int(layer.name.rpartition('.')[2]) + 1}"
-        for path, kind in kinds.items():
-            value = _array(source, info, kind, name, inside=f"shared_layer_info/{member.name}")
-            value = placing.converted(source, Entry(path, f"{member.name}/{kind}/{name}"), value, own[path])
-            found[path] = place.placed(path, value, member.width)
+def _local(file: _File, member: Member) -> dict[str, np.ndarray]:
+    """Return the norms, biases and slopes of a task by path."""
+    source, place, info = file.source, file.place, file.info(member)
+    own, found, inside = place.variables(member.width), {}, f"shared_layer_info/{member.name}"
+    wanted = [local for layer in file.layers for local in layer.local]
+    for kind in _KINDS:  # one that is not read would change the task's function
+        if info.get(kind) or kind in {local.kind for local in wanted}:
+            names = [local.name for local in wanted if local.kind == kind]
+            _require_names(source, f"{inside}/{kind}", _mapping(source, info, kind), names)
+    for path, kind, name in wanted:
+        value = _array(source, info, kind, name, inside=inside)
+        value = placing.converted(source, Entry(path, f"{member.name}/{kind}/{name}"), value, own[path])
+        found[path] = place.placed(path, value, member.width)
     return found
 
 
-def _picks(
-    source: str, info: Mapping[str, Any], place: Frame, member: Member, owner: Mapping[str, np.ndarray], number: int
-) -> Tree:
+def _head(file: _File, member: Member, number: int) -> Tree:
+    """Return the variables of a task's head: a dense layer, before which the authors flatten channel by channel."""
+    source, place, arrays = file.source, file.place, file.arrays
+    features = jax.tree.leaves(place.net.layout(member.width).features)[0].shape[-1]
+    channels = place.variables(member.width)[file.layers[-1].path].shape[-1]
+    name = f"classifiers.{number - 1}"
+    dense = f"{name}.0" if isinstance(member.head, AngularHead) else name
+    found = placing.classifier(source, arrays, f"{dense}.weight", f"{dense}.bias", (1, 0), features)
+    if found is None:
+        return {}
+    kernel, bias = found
+    kernel = kernel.reshape(channels, -1, len(bias)).swapaxes(0, 1).reshape(features, -1)
+    if not isinstance(member.head, AngularHead):
+        return {PARAMS: {"kernel": kernel, "bias": bias}}
+    wanted = jax.ShapeDtypeStruct((len(bias), member.head.identities), np.float32)
+    directions = _array(source, arrays, f"{name}.1.weight")
+    directions = placing.converted(source, Entry("directions", f"{name}.1.weight"), directions, wanted)
+    params = {"embedding": {"kernel": kernel, "bias": bias}, "directions": directions}
+    return {PARAMS: params, "schedule": {"steps": np.zeros((), np.float32)}}
+
+
+def _picks(file: _File, member: Member, owner: Mapping[str, np.ndarray], number: int) -> Tree:
     """Return the scores of a task's picks, parallel to the weights at its width; all its own weights are picked."""
+    source, place, info = file.source, file.place, file.info(member)
     own, found, inside = place.variables(member.width), {}, f"shared_layer_info/{member.name}"
-    for layer in _LAYERS:
-        path = f"{PARAMS}/{layer.kernel}/kernel"
+    _require_names(source, f"{inside}/piggymask", _mapping(source, info, "piggymask"), file.names)
+    for layer in file.layers:
+        path = layer.path
         value = _array(source, info, "piggymask", layer.name, inside=inside)
         entry = Entry(path, f"{member.name}/piggymask/{layer.name}", layer.axes)
         found[path] = place.placed(path, placing.converted(source, entry, value, own[path]), member.width)
@@ -222,5 +237,5 @@ def _array(source: str, tree: Mapping[str, Any], *keys: str, inside: str = "mode
     value = (_mapping(source, tree, *outer) if outer else tree).get(last)
     if not isinstance(value, np.ndarray):
         found = "nothing" if value is None else type(value).__name__
-        raise StructureError(source, "/".join((inside, *keys)), found, "an array", "Is it a checkpoint of CPG's VGG16?")
+        raise StructureError(source, "/".join((inside, *keys)), found, "an array", "Is it a checkpoint of CPG?")
     return value

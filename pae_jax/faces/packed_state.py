@@ -184,13 +184,10 @@ def without_free(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask != 0, weights, np.zeros((), weights.dtype)) if weights.shape == mask.shape else weights
 
 
-def head_variables(net: Net, member: Member, arrays: tuple[np.ndarray, np.ndarray] | None, source: str) -> Tree:
-    """Return the variables of a head from kernel and bias, which must be those of the head that was asked for."""
+def head_variables(net: Net, member: Member, arrays: Tree, source: str) -> Tree:
+    """Return the variables of a head, which must be those of the head that was asked for."""
     wanted, _ = heads.layout(net, member.head, member.width)
-    found: Tree = {}
-    if member.head is not None and arrays is not None:
-        kernel, bias = (jnp.asarray(array, jnp.float32) for array in arrays)
-        found = {PARAMS: {"kernel": kernel, "bias": bias}}
+    found = jax.tree.map(jnp.asarray, arrays)
     if abstract(found) != abstract(wanted):
         hint = "Give each task in heads the number of classes of its head, or None to leave it out."
         raise StructureError(source, f"head of task {member.name!r}", _sketch(found), _sketch(wanted), hint)

@@ -207,4 +207,5 @@ def _head(source: str, arrays: Mapping[str, np.ndarray], net: Net, member: Membe
     features = jax.tree.leaves(net.layout(member.width).features)[0].shape[-1]
     names = (f"{task}/Logits/weights", f"{task}/Logits/biases")
     logits = None if member.head is None else placing.classifier(source, arrays, *names, (0, 1), features)
-    return head_variables(net, member, logits, source)
+    found = {} if logits is None else {PARAMS: dict(zip(("kernel", "bias"), logits, strict=True))}
+    return head_variables(net, member, found, source)

@@ -40,7 +40,7 @@ class ResNet(nn.Module):
       train: whether to train (batch statistics) or to evaluate (running statistics).
 
     Returns:
-      (batch, floor(channels[-1] · width)), four times as many channels with bottlenecks.
+      (batch, floor(channels[-1] · width)); with bottlenecks (batch, floor(4 · channels[-1] · width)).
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,7 +80,8 @@ class ResNet(nn.Module):
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         conv = functools.partial(Conv, use_bias=False, kernel_init=init, dtype=self.dtype)
         norm = functools.partial(nn.BatchNorm, not train, momentum=self.momentum, epsilon=1e-5, dtype=self.dtype)
-        layers = functools.partial(_Block, conv, norm, self.block == "bottleneck")
+        bottleneck = self.block == "bottleneck"
+        layers = functools.partial(_Block, conv, norm, bottleneck)
 
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         stem = conv(scaled(self.channels[0], self.width), (size, size), stride, size // 2, name="Conv_stem")
@@ -90,7 +91,8 @@ class ResNet(nn.Module):
         for stage, (blocks, channels) in enumerate(zip(self.stages, self.channels, strict=True), start=1):
             for block in range(1, blocks + 1):
                 halve = stage > 1 and block == 1
-                x = layers(scaled(channels, self.width), halve, block == 1, name=f"Block_{stage}_{block}")(x)
+                counts = (scaled(channels, self.width), scaled(4 * channels if bottleneck else channels, self.width))
+                x = layers(*counts, halve, block == 1, name=f"Block_{stage}_{block}")(x)
         return x.mean(axis=(1, 2))
 
 
@@ -109,6 +111,7 @@ class _Block(nn.Module):
     norm: Callable[..., Any]
     bottleneck: bool
     channels: int
+    out: int
     halve: bool
     first: bool
 
@@ -118,17 +121,15 @@ class _Block(nn.Module):
         stride = 2 if self.halve else 1
         # (channels, kernel size, stride, padding) of each convolution
         if self.bottleneck:
-            out = 4 * self.channels
-            layers = ((self.channels, 1, 1, 0), (self.channels, 3, stride, 1), (out, 1, 1, 0))
+            layers = ((self.channels, 1, 1, 0), (self.channels, 3, stride, 1), (self.out, 1, 1, 0))
         else:
-            out = self.channels
-            layers = ((out, 3, stride, 1), (out, 3, 1, 1))
+            layers = ((self.out, 3, stride, 1), (self.out, 3, 1, 1))
         y = x
         for number, (channels, size, step, padding) in enumerate(layers, start=1):
             y = nn.relu(y) if number > 1 else y
             y = self.conv(channels, (size, size), step, padding, name=f"Conv_{number}")(y)
             y = self.norm(name=f"BatchNorm_{number}")(y)
         if self.halve or (self.bottleneck and self.first):
-            x = self.conv(out, (1, 1), stride, 0, name="Conv_shortcut")(x)
+            x = self.conv(self.out, (1, 1), stride, 0, name="Conv_shortcut")(x)
             x = self.norm(name="BatchNorm_shortcut")(x)
         return nn.relu(x + y)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +10,10 @@ from pae_jax import data
 from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.recipes import Ladder
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
-def demo():
-    sys.path.insert(0, str(EXAMPLES))
-    import enrol_faces
-
-    yield enrol_faces
-    sys.path.remove(str(EXAMPLES))
-    for name in ("enrol_faces", "enrol_faces_report"):
-        sys.modules.pop(name, None)
+def demo(program):
+    return program("enrol_faces.py")
 
 
 @pytest.fixture(scope="module")
