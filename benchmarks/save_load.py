@@ -1,8 +1,8 @@
 """How fast stages are saved and loaded, compared with plain writes of the same bytes.
 
 Command:   python benchmarks/save_load.py                (--only VGG16 for one model; --folder to choose the disk)
-Expected:  save / plain write 2 to 7 and load / plain read 4 to 6 for VGG16, by the speed of the disk: compression and
-           checksums are our part; 4 of 5 bytes per weight on the disk; 1 minute
+Expected:  save / plain write 2 to 9 and load / plain read 4 to 6 for VGG16, by the speed of the disk: compression and
+           checksums are our part, and a save reads back what it wrote; 4 of 5 bytes per weight on the disk; 1 minute
 Writes:    benchmarks/results/save_load.json
 
 Three tasks, two of them frozen. All weights are random, so they hardly compress; free weights would compress to almost
