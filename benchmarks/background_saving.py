@@ -12,7 +12,6 @@ after them. On a CPU the writing takes its share of the cores from the training.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 import time
@@ -82,15 +81,5 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int, parent: Path | Non
     return {"weights": weights, "steps": STEPS, "blocked": harness.compare(times, "save"), "training": training}
 
 
-def main() -> None:
-    """Measure the cases and write the result file."""
-    folder = ("--folder", {"type": Path, "default": None, "help": "where to write (default: the temporary folder)"})
-    settings = harness.options(__doc__, 5, folder)
-    harness.publish(
-        settings,
-        {name: functools.partial(measure, *case, settings.repeats, settings.folder) for name, case in CASES.items()},
-    )
-
-
 if __name__ == "__main__":
-    main()
+    harness.publish_on_disk(__doc__, CASES, measure)

@@ -8,6 +8,7 @@ shows whether the machine was idle.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -169,6 +170,18 @@ def publish(
         settings.out.write_text(json.dumps(result, indent=2) + "\n")
     if "failed" in result:
         raise SystemExit(f"failed: {', '.join(result['failed'])}")
+
+
+def publish_on_disk(
+    doc: str | None, cases: Mapping[str, Sequence[Any]], measure: Callable[..., dict[str, Any]]
+) -> None:
+    """Run the cases of a benchmark of the disk, `measure(*case, repeats, folder)`, and write the result file."""
+    folder = ("--folder", {"type": Path, "default": None, "help": "where to write (default: the temporary folder)"})
+    settings = options(doc, 5, folder)
+    publish(
+        settings,
+        {name: functools.partial(measure, *case, settings.repeats, settings.folder) for name, case in cases.items()},
+    )
 
 
 def publish_kills(script: str, settings: argparse.Namespace, found: Mapping[str, Any]) -> None:

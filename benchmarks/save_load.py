@@ -13,7 +13,6 @@ system, which cannot be emptied without root privileges. Bandwidths are bytes of
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import tempfile
@@ -84,15 +83,5 @@ def measure(model: Any, shape: tuple[int, ...], repeats: int, parent: Path | Non
     }
 
 
-def main() -> None:
-    """Measure the cases and write the result file."""
-    folder = ("--folder", {"type": Path, "default": None, "help": "where to write (default: the temporary folder)"})
-    settings = harness.options(__doc__, 5, folder)
-    harness.publish(
-        settings,
-        {name: functools.partial(measure, *case, settings.repeats, settings.folder) for name, case in CASES.items()},
-    )
-
-
 if __name__ == "__main__":
-    main()
+    harness.publish_on_disk(__doc__, CASES, measure)
