@@ -3,6 +3,9 @@
 import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +113,43 @@ def _shares_network(item):
     found = getattr(item, "_fixtureinfo", None)
     uses = [] if found is None else [found.name2fixturedefs.get(name) for name in ("net", "vector_module")]
     return any(definitions and definitions[-1].func.__module__ == __name__ for definitions in uses)
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Return a function that finds a port on which processes can meet."""
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def run_together():
+    """Return a function that runs programs at the same time, from words and environment; `(output, status)` of each."""
+
+    def run(calls, timeout=600):
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for words, environment in calls
+        ]
+        try:
+            return [(process.communicate(timeout=timeout)[0], process.returncode) for process in started]
+        finally:  # a process waits for the others for minutes
+            for process in started:
+                process.kill()
+                process.communicate()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@
 import json
 import os
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,32 +17,19 @@ SCRIPT = Path(__file__).parent / "spread_process.py"
 life = runpy.run_path(str(SCRIPT.with_name("eight_devices.py")))
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def launched(folder, free_port, run_together):
+    """Return a function that runs so many processes of 2 devices each; it returns what each of them found."""
 
+    def run(count):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        environment = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        words = [SCRIPT, f"localhost:{free_port()}", count]
+        for output, status in run_together([([*words, n, folder], environment) for n in range(count)], timeout=300):
+            assert status == 0, output[-3000:]
+        return [json.loads((folder / f"found-{count}-{number}.json").read_text()) for number in range(count)]
 
-def launched(count, folder):
-    """Run so many processes of 2 devices each; return what each of them found."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    words = [sys.executable, str(SCRIPT), f"localhost:{free_port()}", str(count)]
-    processes = [
-        subprocess.Popen(
-            [*words, str(number), str(folder)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for number in range(count)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [json.loads((folder / f"found-{count}-{number}.json").read_text()) for number in range(count)]
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +38,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(folder):
-    return launched(2, folder)
+def two(launched):
+    return launched(2)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +51,8 @@ def one(folder, spread_net):
 
 
 @pytest.fixture(scope="module")
-def four(one, two, folder):
-    return launched(4, folder)
+def four(one, two, launched):
+    return launched(4)
 
 
 @pytest.fixture(scope="module")

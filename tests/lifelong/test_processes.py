@@ -1,12 +1,8 @@
 """Lifelong runs of several processes, each started on its own, beside the same runs of this process."""
 
 import json
-import os
 import runpy
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,12 +18,6 @@ from pae_jax.processes import Processes, together
 
 SCRIPT = Path(__file__).parent / "learning_process.py"
 program = runpy.run_path(str(SCRIPT))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def keep_the_first_task(run, copy):
@@ -58,26 +48,11 @@ def one(folder, empty):
 
 
 @pytest.fixture(scope="module")
-def two(folder, one):
+def two(folder, one, free_port, run_together):
     """What two processes ended with, and how they ended."""
     keep_the_first_task(folder / "one", folder / "begun")
     address = f"localhost:{free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), address, "2", str(number), str(folder)],
-            env=dict(os.environ, JAX_PLATFORMS="cpu"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        ends = [(process.communicate(timeout=600)[0], process.returncode) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    ends = run_together([([SCRIPT, address, 2, number, folder], {}) for number in range(2)])
     for number in range(2):
         assert (folder / f"errors-{number}.json").exists(), ends[number][0][-3000:]
     return ends

@@ -2,9 +2,6 @@
 
 import os
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,12 +17,6 @@ SCRIPT = Path(__file__).parent / "two_processes.py"
 stream = runpy.run_path(str(SCRIPT))["stream"]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def devices(count, **options):
     """The devices of a mesh of many, to ask for layouts; all are the same one, so nothing can run there."""
     return pae.Devices(Mesh(np.asarray(jax.devices()[:1] * count), ("data",)), **options)
@@ -37,32 +28,18 @@ def mlp():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, free_port, run_together):
     """Results of the same trainings on 8 devices of one process and on 2 processes."""
     folder = tmp_path_factory.mktemp("devices")
     address = f"localhost:{free_port()}"
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    one = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-    two = dict(os.environ, JAX_PLATFORMS="cpu")
-    calls = [(one, 1, 0, "eight"), (two, 2, 0, "first"), (two, 2, 1, "second")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), address, str(count), str(number), str(folder / f"{name}.npz")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for env, count, number, name in calls
+    many = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    calls = [(many, 1, 0, "eight"), ({}, 2, 0, "first"), ({}, 2, 1, "second")]
+    programs = [
+        ([SCRIPT, address, count, number, folder / f"{name}.npz"], environment)
+        for environment, count, number, name in calls
     ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output[-2000:]
-    finally:  # a process waits for the other one for minutes
-        for process in processes:
-            process.kill()
-            process.communicate()
+    for output, status in run_together(programs):
+        assert status == 0, output[-2000:]
     found = {name: dict(np.load(folder / f"{name}.npz")) for _, _, _, name in calls}
     return found, folder / "eight.npz"
 
