@@ -33,16 +33,12 @@ class Settings:
 
     def optimizer(self, examples: int, full: bool = False) -> optax.GradientTransformation:
         """Return AdamW with warm-up and cosine; one object per number of steps, so that tasks share compiled steps."""
-        return self._adamw(self.full_rate if full else self.rate, examples)
+        rate = self.full_rate if full else self.rate
+        return _adamw(rate, self.steps(examples), self.warmup, self.weight_decay)
 
     def with_picks(self, examples: int) -> optax.GradientTransformation:
         """Return the same with another rate for the scores of picks, which do not decay."""
-        scores = self._adamw(self.pick_rate, examples, 0.0)
-        return _partition(self.optimizer(examples), scores)
-
-    def _adamw(self, rate: float, examples: int, weight_decay: float | None = None) -> optax.GradientTransformation:
-        decay = self.weight_decay if weight_decay is None else weight_decay
-        return _adamw(rate, self.steps(examples), self.warmup, decay)
+        return _partition(self.optimizer(examples), _adamw(self.pick_rate, self.steps(examples), self.warmup, 0.0))
 
 
 @functools.cache
