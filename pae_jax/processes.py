@@ -1,4 +1,4 @@
-"""`Processes`: several processes that learn together. One answers for all, and the failure of one ends all."""
+"""`Processes`: several processes that share a call. One answers for all, and the failure of one ends all."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax import html
-from pae_jax.core import CubicSchedule, State, pruning
+from pae_jax.core import CubicSchedule, State, pruning, spread_arrays
 from pae_jax.errors import ArgumentError, DivergedError, TrainingInterrupted
 from pae_jax.nets import as_inputs
 from pae_jax.progress import progress_bar
@@ -147,7 +147,7 @@ class _Loop:
             ts = self.carry.ts
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(ts)):  # between the step and its result
                 raise
-            if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(ts)):
+            if spread_arrays.over_processes(ts):
                 raise  # to put it together, the other processes would have to be interrupted as well
             kept = jax.tree.map(jnp.copy, ts)
             history = History(tuple(self.rows), len(self.rows), kept, self.choice)

@@ -88,7 +88,8 @@ def require_classes(labels: Any) -> None:
     """Raise `ArgumentError` unless labels are one class number per example."""
     if getattr(labels, "ndim", 0) != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ArgumentError(
-            "picks_from= and local_init='nearest' need one class number per example; take another value"
+            "nearest_task, picks_from= and local_init='nearest' need one class number per example; take another value, "
+            "or choose the task yourself"
         )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pae_jax.checks import check_count
+from pae_jax.core import spread_arrays
 from pae_jax.errors import ArgumentError, DataError
 from pae_jax.trees import Tree
 
@@ -115,9 +115,7 @@ class Devices:
                 return new
             # An array not committed to a device stays uncommitted, because compiled functions compile again for
             # committed ones.
-            if not new.is_fully_addressable and not new.is_fully_replicated:
-                new = multihost_utils.process_allgather(new, tiled=True)
-            return jnp.asarray(np.asarray(new))
+            return jnp.asarray(spread_arrays.whole(new))
 
         return jax.tree.map(leaf, tree, before)
 

@@ -20,7 +20,7 @@ from pae_jax.training import partial_gradients
 from pae_jax.training.optimizer import transformation
 from pae_jax.training.pickling import picklable
 from pae_jax.training.places import find_all, pairs, put, take
-from pae_jax.training.variables import beside, joined, laid_like, paths, strayed, with_updates, without_empty
+from pae_jax.training.variables import joined, laid_like, on_devices_of, paths, strayed, with_updates, without_empty
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
@@ -330,7 +330,7 @@ class TrainState:
         task = self._task(state)
         find_trainable(state, task, "commit")
         if not is_traced((self.owner, state.owner)):
-            before = beside(state.owner, self.owner)
+            before = on_devices_of(state.owner, self.owner)
             for path, count in flatten(strayed(self.owner, before, self.task_id)).items():
                 if int(count):
                     raise ForgettingError(
@@ -345,7 +345,7 @@ class TrainState:
         task, entry = self._task(state), state.tasks[self._task(state)]
         backbone, head, pick = self.raw_variables()
         shared, local = self.net.split(backbone)
-        before = beside((state.shared, state.owner), (shared, self.owner))
+        before = on_devices_of((state.shared, state.owner), (shared, self.owner))
         taken = ownership.taken(*before, shared, self.owner, self.task_id)
         entry = entry.replace(local=local, head=head, pick=pick)
         return state.replace(shared=taken, owner=self.owner, tasks={**state.tasks, task: entry})

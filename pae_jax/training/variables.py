@@ -38,7 +38,7 @@ def with_updates(variables: Tree, updates: Tree) -> Tree:
     return {name: collection(name) for name in variables}
 
 
-def beside(tree: Tree, like: Tree) -> Tree:
+def on_devices_of(tree: Tree, like: Tree) -> Tree:
     """Return arrays on the devices of parallel ones where these are others; nothing is moved to the host."""
 
     def move(leaf: Any, target: Any) -> Any:
