@@ -129,13 +129,17 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def run_together():
-    """Return a function that runs programs at the same time, from words and environment; `(output, status)` of each."""
+    """Return a function that runs programs at the same time, from words and environment; `(output, status)` of each.
+
+    They compile as this process does.
+    """
 
     def run(calls, timeout=600):
+        quick = str(int(jax.config.read("jax_disable_most_optimizations")))
         started = [
             subprocess.Popen(
                 [sys.executable, *map(str, words)],
-                env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": quick, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

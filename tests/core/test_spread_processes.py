@@ -23,7 +23,7 @@ def launched(folder, free_port, run_together):
 
     def run(count):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-        environment = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        environment = {"XLA_FLAGS": flags}
         words = [SCRIPT, f"localhost:{free_port()}", count]
         for output, status in run_together([([*words, n, folder], environment) for n in range(count)], timeout=300):
             assert status == 0, output[-3000:]
