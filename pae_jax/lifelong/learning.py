@@ -1,37 +1,28 @@
-"""The lifelong loop: `learn` one task, `learn_all` of a stream, `baseline` of a task's own network."""
+"""The lifelong loop: `learn` one task, `learn_all` of a stream."""
 
 from __future__ import annotations
 
-import contextlib
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from pae_jax import html
-from pae_jax.checks import check_key
-from pae_jax.core import State, find, from_variables, init, names, task_variables
-from pae_jax.errors import ArgumentError
+from pae_jax.core import State
 from pae_jax.lifelong.metrics import AccuracyMatrix
-from pae_jax.lifelong.one_task import Learner
+from pae_jax.lifelong.opening import open_learner, open_session
 from pae_jax.lifelong.ordering import as_passed, in_order
-from pae_jax.lifelong.phases import WEIGHTS
+from pae_jax.lifelong.own_network import own_goal
 from pae_jax.lifelong.policy import Outcome, starting_width
 from pae_jax.lifelong.preconditions import check_place, check_stream, check_task, recipe_for
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name, matrix_of
 from pae_jax.lifelong.session import Session
-from pae_jax.lifelong.settings import settings_of
 from pae_jax.lifelong.task import CheckedTask, Task
 from pae_jax.nets import Net
-from pae_jax.processes import together
 from pae_jax.progress import progress_bar
-from pae_jax.training import Devices, devices_of
-
-_STARTS = 5  # own networks that a goal of finetuning averages over; CPG's scripts take 5
+from pae_jax.training import Devices
 
 
 def learn(
@@ -95,33 +86,10 @@ def learn(
 
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
-    with _session(net, recipe_for(state, recipe), key, run, devices, progress) as session:
+    with open_session(net, recipe_for(state, recipe), key, run, devices, progress) as session:
         check_place(net, state, task, run)
         checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         return _learn(session, state, checked, goal, upcoming)
-
-
-@contextlib.contextmanager
-def _session(
-    net: Net, recipe: Recipe, key: jax.Array, run: Run | None, devices: Devices | Mesh | None, progress: bool
-) -> Iterator[Session]:
-    """Yield the settings of a call, which all processes that own the devices make."""
-    where = devices_of(devices)
-    owners = None if where.mesh is None else where.mesh.devices.flatten()
-    if run is not None:
-        _require_all(owners)
-    with together("learn", owners) as processes:
-        yield Session(net, recipe, check_key(key), run, where, progress and processes.first, processes)
-
-
-def _require_all(devices: Iterable[Any] | None) -> None:
-    """Raise `ArgumentError` if some processes of this job alone would write a run folder."""
-    found = 1 if devices is None else len({device.process_index for device in devices})
-    if found != jax.process_count():
-        raise ArgumentError(
-            f"run= in a job of {jax.process_count()} processes needs devices= of all of them, found {found}. "
-            "Pass pae.Devices(jax.make_mesh((jax.device_count(),), ('data',))), or learn without run=."
-        )
 
 
 def _learn(session: Session, state: State, checked: CheckedTask, goal: float | None, upcoming: int | None) -> Outcome:
@@ -131,178 +99,11 @@ def _learn(session: Session, state: State, checked: CheckedTask, goal: float | N
     if isinstance(wanted, str):
         # A task that cannot start needs no goal, which would cost a training of its own.
         stuck = starting_width(net, state, recipe) is None
-        wanted = None if stuck else _own_goal(session, state, checked, wanted)
+        wanted = None if stuck else own_goal(session, state, checked, wanted)
     value = None if wanted is None else float(wanted)
     name = folder_name(f"{len(state.tasks) + 1:02d}-", task.name)
-    with _learner(session, checked, state, value, upcoming, name, task.name) as learner:
+    with open_learner(session, checked, state, value, upcoming, name, task.name) as learner:
         return learner.learn()
-
-
-def _own_goal(session: Session, state: State, checked: CheckedTask, kind: str) -> float:
-    """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
-    task = checked.task
-    if kind == "baseline" or not state.tasks:
-        return _alone(session, task, None, checked=checked).value()
-    earlier = names(state)
-    order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
-    values = []
-    for name in (earlier[number] for number in order[:_STARTS]):
-        start = from_variables(
-            session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
-        )
-        values.append(_alone(session, task, start, name, checked).value())
-    return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)
-
-
-@contextlib.contextmanager
-def _learner(
-    session: Session,
-    checked: CheckedTask,
-    state: State,
-    goal: float | None,
-    upcoming: int | None,
-    name: str,
-    title: str,
-) -> Iterator[Learner]:
-    """Yield what learns a task, with its folder held if there is a run."""
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if session.run is not None or not session.processes.alone:
-            settings = settings_of(session, checked, state, goal, upcoming, title)
-            session.processes.require_same(f"task {title}", settings)
-            if session.run is not None:
-                folder = stack.enter_context(session.run.task_folder(name, settings, session.processes))
-        yield Learner(session, checked, state, goal, upcoming, folder, title)
-
-
-def baseline(
-    net: Net,
-    task: Task,
-    recipe: Recipe,
-    *,
-    key: jax.Array,
-    run: Run | None = None,
-    start: State | None = None,
-    devices: Devices | Mesh | None = None,
-    progress: bool = False,
-) -> float:
-    """Return the validation metric of the task's own network: the recipe's training without anything else.
-
-    Args:
-      net: the network description.
-      task: what to learn.
-      recipe: its `head_first`, `train` and `batch_size` are used; nothing is pruned and nothing grows.
-      key: random key.
-      run: folder that keeps the network, in `baseline-<task>`; asked again, it is not trained again.
-      start: a network without tasks to start from, such as a pretrained one, which trains the recipe's `parts`; None
-        draws one at width 1, which trains as a whole.
-      devices: as for `fit`; a run may go on with another number of devices and processes.
-      progress: show progress bars.
-
-    Returns:
-      The metric on validation data.
-
-    Raises:
-      ArgumentError: no validation data, or a training that met values that are not finite.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, pae_jax as pae
-      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
-      >>> x = jax.random.normal(jax.random.key(2), (64, 4))
-      >>> data = (x, (x[:, 0] > 0).astype(int))
-      >>> recipe = pae.Recipe("quick", train=pae.recipes.Phase(30, pae.recipes.Rate(0.03)))
-      >>> task = pae.Task("sign", head=2, train=data, val=data)
-      >>> pae.baseline(net, task, recipe, key=jax.random.key(0)) > 0.9
-      True
-    """
-    with _session(net, recipe, key, run, devices, progress) as session:
-        return _alone(session, task, start).value()
-
-
-def own_network(
-    net: Net,
-    task: Task,
-    recipe: Recipe,
-    *,
-    key: jax.Array,
-    run: Run | None = None,
-    start: State | None = None,
-    devices: Devices | Mesh | None = None,
-    progress: bool = False,
-) -> Outcome:
-    """Train the task's own network, as `baseline` does, and return all that came of it."""
-    with _session(net, recipe, key, run, devices, progress) as session:
-        return _alone(session, task, start).outcome()
-
-
-@dataclass(frozen=True)
-class _OwnNetwork:
-    """A task's own network, trained or about to be."""
-
-    session: Session
-    checked: CheckedTask
-    start: State
-    earlier: str
-
-    def outcome(self) -> Outcome:
-        """Train it; raise where that fails."""
-        with self._learner() as learner:
-            return self._trained(learner)
-
-    def value(self) -> float:
-        """Return its metric, from disk if it is there."""
-        with self._learner() as learner:
-            known = learner.finished_value()
-            return self._trained(learner).value if known is None else known
-
-    def _learner(self) -> contextlib.AbstractContextManager[Learner]:
-        task = self.checked.task.name
-        name, title = folder_name("baseline-", task), f"{task} (own network)"
-        if self.earlier:
-            name = folder_name(f"finetune-{zlib.crc32(self.earlier.encode(errors='surrogatepass')):08x}-", task)
-            title = f"{task} (own network from {self.earlier})"
-        return _learner(self.session, self.checked, self.start, None, None, name, title)
-
-    def _trained(self, learner: Learner) -> Outcome:
-        found = learner.learn()
-        if not found.status.added:
-            raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
-        return found
-
-
-def _alone(
-    session: Session, task: Task, start: State | None, earlier: str = "", checked: CheckedTask | None = None
-) -> _OwnNetwork:
-    recipe = session.recipe
-    train = recipe.finetune if earlier and recipe.finetune is not None else recipe.train
-    # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
-    whole = start is None or "shared" not in recipe.train.parts
-    parts = WEIGHTS if whole else recipe.train.parts
-    alone = replace(
-        recipe,
-        name=f"own network of {recipe.name}",
-        train=replace(train, pick_rate=None, lone_pick_rate=None, parts=parts),
-        sharing="all",
-        picking=None,
-        picks_from="own",
-        head_first=None if recipe.head_first is None or recipe.head_first.pick_rate else recipe.head_first,
-        ladder=None,
-        retrain=None,
-        finetune=None,
-        budget=None,
-        goal=None,
-        expansion=None,
-        first=None,
-    )
-    session = replace(session, recipe=alone)
-    if start is None:
-        start = init(session.net, session.stage_key(task.name, "init"))
-    if task.val is None:
-        raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
-    if checked is None:
-        check_place(session.net, start, task, session.run)
-        checked = check_task(session.net, start, task, alone, None, None, session.devices)
-    return _OwnNetwork(session, checked, start, earlier)
 
 
 @dataclass(frozen=True)
@@ -374,7 +175,7 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
-    with _session(net, recipe, key, run, devices, progress) as session:
+    with open_session(net, recipe, key, run, devices, progress) as session:
         return _learn_all(session, state, *in_order(tasks, order), goals)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 import pae_jax as pae
-from pae_jax.lifelong import learning, one_task, task_folder
+from pae_jax.lifelong import one_task, own_network, task_folder
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.session import stage_key
 from pae_jax.training.losses import softmax_cross_entropy
@@ -551,7 +551,7 @@ def test_without_a_ladder_or_with_a_ratio_of_0_the_first_task_is_plain_training(
 def test_the_own_network_of_a_task_is_plain_training_from_its_own_start(net, learn):
     task, recipe = make_task(), dataclasses.replace(PLAIN, ladder=STEPS, goal="baseline", retrain=QUICK)
     start = pae.init(net, stage_key(KEY, "a", "init"))
-    own = learning.own_network(net, task, recipe, key=KEY, progress=False)
+    own = own_network.own_network(net, task, recipe, key=KEY, progress=False)
     same_network(own.state, by_hand(net, start, task, PLAIN))
     assert pae.baseline(net, task, recipe, key=KEY, progress=False) == own.value
 
@@ -562,11 +562,11 @@ def test_an_own_network_drawn_anew_trains_as_a_whole_and_a_given_one_the_parts_o
     train = dataclasses.replace(QUICK, parts=("shared", "head"))
     task, recipe = make_task(), dataclasses.replace(PLAIN, train=train, local_init="newest")
     started = pae.from_variables(net, vector_module().init(KEY, jnp.zeros((1, 4)), train=False))
-    given = learning.own_network(net, task, recipe, key=KEY, start=started, progress=False).state
+    given = own_network.own_network(net, task, recipe, key=KEY, start=started, progress=False).state
     assert bits(given.tasks["a"].local) == bits(started.local)
     assert bits(given.shared) != bits(started.shared)
-    drawn = learning.own_network(net, task, recipe, key=KEY, progress=False).state
-    whole = learning.own_network(net, task, dataclasses.replace(recipe, train=QUICK), key=KEY, progress=False).state
+    drawn = own_network.own_network(net, task, recipe, key=KEY, progress=False).state
+    whole = own_network.own_network(net, task, dataclasses.replace(recipe, train=QUICK), key=KEY, progress=False).state
     assert state_facts(drawn) == state_facts(whole)
 
 

@@ -1,0 +1,172 @@
+"""A task's own network: the recipe's training without anything else, from scratch or from an earlier task."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from dataclasses import dataclass, replace
+
+import jax
+from jax.sharding import Mesh
+
+from pae_jax.core import State, find, from_variables, init, names, task_variables
+from pae_jax.errors import ArgumentError
+from pae_jax.lifelong.one_task import Learner
+from pae_jax.lifelong.opening import open_learner, open_session
+from pae_jax.lifelong.phases import WEIGHTS
+from pae_jax.lifelong.policy import Outcome
+from pae_jax.lifelong.preconditions import check_place, check_task
+from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.run_folder import Run, folder_name
+from pae_jax.lifelong.session import Session
+from pae_jax.lifelong.task import CheckedTask, Task
+from pae_jax.nets import Net
+from pae_jax.training import Devices
+
+_STARTS = 5  # own networks that a goal of finetuning averages over; CPG's scripts take 5
+
+
+def baseline(
+    net: Net,
+    task: Task,
+    recipe: Recipe,
+    *,
+    key: jax.Array,
+    run: Run | None = None,
+    start: State | None = None,
+    devices: Devices | Mesh | None = None,
+    progress: bool = False,
+) -> float:
+    """Return the validation metric of the task's own network: the recipe's training without anything else.
+
+    Args:
+      net: the network description.
+      task: what to learn.
+      recipe: its `head_first`, `train` and `batch_size` are used; nothing is pruned and nothing grows.
+      key: random key.
+      run: folder that keeps the network, in `baseline-<task>`; asked again, it is not trained again.
+      start: a network without tasks to start from, such as a pretrained one, which trains the recipe's `parts`; None
+        draws one at width 1, which trains as a whole.
+      devices: as for `fit`; a run may go on with another number of devices and processes.
+      progress: show progress bars.
+
+    Returns:
+      The metric on validation data.
+
+    Raises:
+      ArgumentError: no validation data, or a training that met values that are not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pae_jax as pae
+      >>> net = pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
+      >>> x = jax.random.normal(jax.random.key(2), (64, 4))
+      >>> data = (x, (x[:, 0] > 0).astype(int))
+      >>> recipe = pae.Recipe("quick", train=pae.recipes.Phase(30, pae.recipes.Rate(0.03)))
+      >>> task = pae.Task("sign", head=2, train=data, val=data)
+      >>> pae.baseline(net, task, recipe, key=jax.random.key(0)) > 0.9
+      True
+    """
+    with open_session(net, recipe, key, run, devices, progress) as session:
+        return _alone(session, task, start).value()
+
+
+def own_network(
+    net: Net,
+    task: Task,
+    recipe: Recipe,
+    *,
+    key: jax.Array,
+    run: Run | None = None,
+    start: State | None = None,
+    devices: Devices | Mesh | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """Train the task's own network, as `baseline` does, and return all that came of it."""
+    with open_session(net, recipe, key, run, devices, progress) as session:
+        return _alone(session, task, start).outcome()
+
+
+@dataclass(frozen=True)
+class _OwnNetwork:
+    """A task's own network, trained or about to be."""
+
+    session: Session
+    checked: CheckedTask
+    start: State
+    earlier: str
+
+    def outcome(self) -> Outcome:
+        """Train it; raise where that fails."""
+        with self._learner() as learner:
+            return self._trained(learner)
+
+    def value(self) -> float:
+        """Return its metric, from disk if it is there."""
+        with self._learner() as learner:
+            known = learner.finished_value()
+            return self._trained(learner).value if known is None else known
+
+    def _learner(self) -> contextlib.AbstractContextManager[Learner]:
+        task = self.checked.task.name
+        name, title = folder_name("baseline-", task), f"{task} (own network)"
+        if self.earlier:
+            name = folder_name(f"finetune-{zlib.crc32(self.earlier.encode(errors='surrogatepass')):08x}-", task)
+            title = f"{task} (own network from {self.earlier})"
+        return open_learner(self.session, self.checked, self.start, None, None, name, title)
+
+    def _trained(self, learner: Learner) -> Outcome:
+        found = learner.learn()
+        if not found.status.added:
+            raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
+        return found
+
+
+def _alone(
+    session: Session, task: Task, start: State | None, earlier: str = "", checked: CheckedTask | None = None
+) -> _OwnNetwork:
+    recipe = session.recipe
+    train = recipe.finetune if earlier and recipe.finetune is not None else recipe.train
+    # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
+    whole = start is None or "shared" not in recipe.train.parts
+    parts = WEIGHTS if whole else recipe.train.parts
+    alone = replace(
+        recipe,
+        name=f"own network of {recipe.name}",
+        train=replace(train, pick_rate=None, lone_pick_rate=None, parts=parts),
+        sharing="all",
+        picking=None,
+        picks_from="own",
+        head_first=None if recipe.head_first is None or recipe.head_first.pick_rate else recipe.head_first,
+        ladder=None,
+        retrain=None,
+        finetune=None,
+        budget=None,
+        goal=None,
+        expansion=None,
+        first=None,
+    )
+    session = replace(session, recipe=alone)
+    if start is None:
+        start = init(session.net, session.stage_key(task.name, "init"))
+    if task.val is None:
+        raise ArgumentError(f"task {task.name!r} has no validation data; a baseline is measured on it")
+    if checked is None:
+        check_place(session.net, start, task, session.run)
+        checked = check_task(session.net, start, task, alone, None, None, session.devices)
+    return _OwnNetwork(session, checked, start, earlier)
+
+
+def own_goal(session: Session, state: State, checked: CheckedTask, kind: str) -> float:
+    """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
+    task = checked.task
+    if kind == "baseline" or not state.tasks:
+        return _alone(session, task, None, checked=checked).value()
+    earlier = names(state)
+    order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
+    values = []
+    for name in (earlier[number] for number in order[:_STARTS]):
+        start = from_variables(
+            session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
+        )
+        values.append(_alone(session, task, start, name, checked).value())
+    return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)
