@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import pae_jax as pae
 from pae_jax import processes
-from pae_jax.lifelong import one_task, task_folder
+from pae_jax.lifelong import stage_maker, task_folder
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate
 from pae_jax.storage import digests
 from pae_jax.trees import flatten
@@ -98,7 +98,7 @@ def main(address, count, number, folder):
     processes.GRACE = 1.0
     (folder / f"errors-{number}.json").write_text(json.dumps(errors))
     # The others train on: what they wait for never comes, and they are ended.
-    with mock.patch.object(one_task, "trained", interrupted) if first else contextlib.nullcontext():
+    with mock.patch.object(stage_maker, "trained", interrupted) if first else contextlib.nullcontext():
         learn(state, folder / "fault")
 
 

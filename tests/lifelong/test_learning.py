@@ -17,7 +17,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 import pae_jax as pae
-from pae_jax.lifelong import one_task, own_network, task_folder
+from pae_jax.lifelong import own_network, stage_maker, task_folder
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.session import stage_key
 from pae_jax.training.losses import softmax_cross_entropy
@@ -79,7 +79,7 @@ def no_training(monkeypatch):
     def trained(*arguments, **options):
         pytest.fail("something was trained")
 
-    monkeypatch.setattr(one_task, "trained", trained)
+    monkeypatch.setattr(stage_maker, "trained", trained)
 
 
 def steps_of(outcome):
@@ -206,7 +206,7 @@ def test_training_that_meets_nan_does_not_add_the_task(learn, frozen, state_fact
 def test_a_divergence_is_remembered(learn, frozen, tmp_path, monkeypatch):
     recipe = dataclasses.replace(PLAIN, train=DIVERGING)
     outcome = learn(frozen, make_task("b"), recipe, run=pae.Run(tmp_path))
-    monkeypatch.setattr(one_task, "trained", None)
+    monkeypatch.setattr(stage_maker, "trained", None)
     again = learn(frozen, make_task("b"), recipe, run=pae.Run(tmp_path))
     assert again.status is pae.Status.DIVERGED
     assert len(again.records) == len(outcome.records) == 1
@@ -739,8 +739,8 @@ def test_with_a_budget_a_task_owns_its_share_and_learns(net, learn, frozen, by):
 
 def test_the_gradient_of_a_budget_is_that_of_the_tasks_own_first_batches(net, learn, frozen, monkeypatch):
     found = []
-    scores_of = one_task.scores_of
-    monkeypatch.setattr(one_task, "scores_of", lambda *a: found.append(scores_of(*a)) or found[-1])
+    scores_of = stage_maker.scores_of
+    monkeypatch.setattr(stage_maker, "scores_of", lambda *a: found.append(scores_of(*a)) or found[-1])
     state = learn(frozen, make_task("b"), dataclasses.replace(PLAIN, budget=0.1)).state
     claimed = [
         np.asarray(s)[owner == 2] for s, (_, owner) in zip(jax.tree.leaves(found[0]), uses(state, "b"), strict=True)
@@ -836,7 +836,7 @@ def test_a_goal_that_is_given_is_taken_and_no_own_network_trained(learn_all, tmp
 def test_the_own_network_is_trained_once_and_then_only_its_record_is_read(net, tmp_path, monkeypatch):
     task, recipe, run = make_task(), dataclasses.replace(PLAIN, goal="baseline"), pae.Run(tmp_path)
     value = pae.baseline(net, task, recipe, key=KEY, run=run, progress=False)
-    monkeypatch.setattr(one_task, "trained", None)
+    monkeypatch.setattr(stage_maker, "trained", None)
     monkeypatch.setattr(task_folder, "load", None)
     assert pae.baseline(net, task, recipe, key=KEY, run=pae.Run(tmp_path), progress=False) == value
 
@@ -1027,7 +1027,7 @@ def test_an_error_stays_an_error_and_the_folder_can_be_resumed(
 ):
     """Out of memory does not mean that the network is too small."""
     tasks = [make_task("a", 0), make_task("b", 1)]
-    calls, trained = [], one_task.trained
+    calls, trained = [], stage_maker.trained
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -1036,7 +1036,7 @@ def test_an_error_stays_an_error_and_the_folder_can_be_resumed(
         return trained(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_task, "trained", failing)
+        patch.setattr(stage_maker, "trained", failing)
         with pytest.raises(type(error)):
             learn_all(tasks, ONE_SHOT, run=pae.Run(tmp_path))
     resumed = learn_all(tasks, ONE_SHOT, run=pae.Run(tmp_path))

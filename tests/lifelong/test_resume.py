@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.lifelong import one_task, run_folder, task_folder
+from pae_jax.lifelong import run_folder, stage_maker, task_folder
 from pae_jax.storage import checkpoint, files
 
 # One run with everything a stage can be: own networks, a goal that is missed at the first width, a ladder, picks and
@@ -154,7 +154,7 @@ class Interruptions:
             patch.setattr(files, "write_bytes", self.after("write", files.write_bytes, file))
             patch.setattr(task_folder, "save", self.after("save", task_folder.save, stage))
             patch.setattr(run_folder.Run, "log", self.after("log", run_folder.Run.log, event))
-            patch.setattr(one_task, "trained", self.after("train", one_task.trained, training))
+            patch.setattr(stage_maker, "trained", self.after("train", stage_maker.trained, training))
             patch.setattr(task_folder.TaskFolder, "tidy", self.after("tidy", task_folder.TaskFolder.tidy, folder))
             yield
 
@@ -193,9 +193,9 @@ class Writing:
     def __init__(self, path, patch):
         self.stage, self.trains = path / "01-a" / "0-trained", threading.Event()
         self.fails, self.interrupts, self.early, self.most = False, False, None, 0
-        self.write, self.train, self.writing = checkpoint._write, one_task.trained, 0
+        self.write, self.train, self.writing = checkpoint._write, stage_maker.trained, 0
         patch.setattr(checkpoint, "_write", self.written)
-        patch.setattr(one_task, "trained", self.trained)
+        patch.setattr(stage_maker, "trained", self.trained)
 
     def written(self, path, *rest):
         self.writing += 1

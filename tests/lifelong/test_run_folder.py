@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.lifelong import one_task
+from pae_jax.lifelong import stage_maker
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.settings import checksums
@@ -243,7 +243,7 @@ def test_a_finished_run_is_read_and_nothing_is_trained_measured_or_written(
     learn_all, finished, copied, monkeypatch, state_facts
 ):
     before = {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.is_file()}
-    monkeypatch.setattr(one_task, "trained", None)
+    monkeypatch.setattr(stage_maker, "trained", None)
     monkeypatch.setattr(CheckedTask, "measured", None)
     again = learn_all(copied)
     assert state_facts(again.state) == state_facts(finished[1].state)
@@ -349,7 +349,7 @@ def test_another_call_in_the_same_folder_is_refused_and_names_the_first_setting_
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(one_task, "trained", lambda *arguments, **options: pytest.fail("something was trained"))
+    monkeypatch.setattr(stage_maker, "trained", lambda *arguments, **options: pytest.fail("something was trained"))
 
 
 def test_tasks_to_come_make_no_difference_where_nothing_depends_on_them(learn_all, tmp_path, state_facts):
