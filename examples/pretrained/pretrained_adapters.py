@@ -21,17 +21,17 @@ class Adapter:
     """A way of changing the encoder.
 
     Attributes:
+      kind: of training: "probe", "bitfit", "lora", "shira" or "full".
       fixed: arrays of the pretrained encoder, by name.
       start: `key -> trained arrays, by name`.
       features: `(fixed arrays, trained arrays, inputs) -> (n, size)`.
-      full: whether the whole network is trained, at a lower rate.
       extra_bytes: bytes to deliver besides the trained arrays, such as positions.
     """
 
+    kind: str
     fixed: Flat
     start: Callable[[jax.Array], Flat]
     features: Callable[[Flat, Flat, Inputs], jax.Array]
-    full: bool = False
     extra_bytes: int = 0
 
 
@@ -52,7 +52,7 @@ def adapter(way: str, encoder: Encoder, seed: int) -> Adapter:
         "bitfit": {path: leaf for path, leaf in base.items() if leaf.ndim == 1 or path.endswith("bias")},
         "full": base,
     }[kind]
-    return Adapter(base, lambda key: chosen, apply, full=kind == "full")
+    return Adapter(kind, base, lambda key: chosen, apply)
 
 
 def _caller(encoder: Encoder, module: Any) -> Callable[[Flat, Flat, Inputs], jax.Array]:
@@ -75,7 +75,7 @@ def _lora(encoder: Encoder, base: Flat, rank: int) -> Adapter:
         params = flat(module.init(key, encoder.sample, train=False)["params"])
         return {path: leaf for path, leaf in params.items() if path not in base}
 
-    return Adapter(base, start, _caller(encoder, module))
+    return Adapter("lora", base, start, _caller(encoder, module))
 
 
 def _lora_of_kernels(encoder: Encoder, base: Flat, apply: Callable[..., jax.Array], rank: int) -> Adapter:
@@ -94,7 +94,7 @@ def _lora_of_kernels(encoder: Encoder, base: Flat, apply: Callable[..., jax.Arra
         products = {path: changed[f"{path}_lora_a"] @ changed[f"{path}_lora_b"] for path in paths}
         return apply(fixed, {path: fixed[path] + products[path][None, None] for path in paths}, x)
 
-    return Adapter(base, start, features)
+    return Adapter("lora", base, start, features)
 
 
 def _shira(encoder: Encoder, base: Flat, apply: Callable[..., jax.Array], share: float, seed: int) -> Adapter:
@@ -108,4 +108,4 @@ def _shira(encoder: Encoder, base: Flat, apply: Callable[..., jax.Array], share:
         return apply(fixed, {path: put(path, values) for path, values in changed.items()}, x)
 
     start = lambda key: {path: jnp.zeros(len(found)) for path, found in places.items()}  # noqa: E731
-    return Adapter(base, start, features, extra_bytes=sum(found.nbytes for found in places.values()))
+    return Adapter("shira", base, start, features, extra_bytes=sum(found.nbytes for found in places.values()))

@@ -76,7 +76,7 @@ def start(way: Way, encoder: Encoder, net: pae.Net, unlabelled: Inputs, settings
             pae.prune(state, BASE, way.prune),
             BASE,
             (unlabelled, features),
-            optimizer=settings.optimizer(way.distil * len(features) // settings.epochs, full=True),
+            optimizer=settings.optimizer(way.distil * len(features) // settings.epochs, "full"),
             epochs=way.distil,
             batch_size=settings.batch_size,
             key=jax.random.key(seed + 1),
@@ -115,13 +115,13 @@ def learn(
             {path: leaf if encoder.is_kernel(path) else jnp.zeros_like(leaf) for path, leaf in flat(scores).items()}
         )
     state = pae.pack(net, state, task.name, allow_empty=True, **new)
-    optimizer = settings.with_picks if way.sharing == "picked" else settings.optimizer
+    kind = "room" if way.budget is not None else "picked" if way.sharing == "picked" else ""
     state, history = pae.fit(
         net,
         state,
         task.name,
         task.train,
-        optimizer=optimizer(len(task.train[1])),
+        optimizer=settings.optimizer(len(task.train[1]), kind),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         val=task.val,

@@ -59,7 +59,7 @@ def new_head(key: jax.Array, encoder: Encoder, classes: int) -> Flat:
 
 def train(changes: Adapter, params: Any, tasks: Mapping[str, Task], settings: Settings, seed: int) -> tuple[Any, float]:
     """Train on tasks, named as their heads; return the epoch of the best mean validation accuracy, and that."""
-    tx = settings.optimizer(sum(len(task.train[1]) for task in tasks.values()), changes.full)
+    tx = settings.optimizer(sum(len(task.train[1]) for task in tasks.values()), changes.kind)
     step, opt_state = _step(changes, tx), tx.init(params)
     best, kept, rng = -1.0, params, np.random.default_rng(seed)
     for _ in range(settings.epochs):

@@ -47,11 +47,10 @@ def add_options(parser: argparse.ArgumentParser, tasks: list[str], out: str) -> 
     parser.add_argument("--quick", action="store_true", help="a tiny encoder and made data; needs no download")
 
 
-def run(options: argparse.Namespace, title: str, begin: Callable[[int, Settings], Experiment]) -> None:
+def run(options: argparse.Namespace, title: str, begin: Callable[[int], Experiment]) -> None:
     """Run the requested ways for every seed, then write the table and the picture of all results in the folder."""
-    settings = Settings(epochs=options.epochs)
     for seed in options.seeds:
-        experiment = begin(seed, settings)
+        experiment = begin(seed)
         _open_folder(options, experiment)
         for way in options.ways:
             _run(way, experiment, options.out / f"seed-{seed}" / way)

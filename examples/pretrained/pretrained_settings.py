@@ -14,15 +14,19 @@ class Settings:
     """Training of a task, the same for all ways.
 
     Attributes:
-      rate: learning rate of adapters, biases, norms, new neurons and heads.
+      rate: learning rate of heads, biases, norms, new units and sparse adapters.
+      lora_rate: learning rate of low-rank adapters and their heads.
       full_rate: learning rate where the whole network is trained.
+      room_rate: learning rate of kernels in room that pruning made.
       pick_rate: learning rate of the scores of picks.
     """
 
     epochs: int = 3
     batch_size: int = 32
     rate: float = 2e-3
+    lora_rate: float = 2e-3
     full_rate: float = 2e-4
+    room_rate: float = 2e-3
     pick_rate: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 1e-4
@@ -31,14 +35,20 @@ class Settings:
         """Return the steps of a training."""
         return self.epochs * max(examples // self.batch_size, 1)
 
-    def optimizer(self, examples: int, full: bool = False) -> optax.GradientTransformation:
-        """Return AdamW with warm-up and cosine; one object per number of steps, so that tasks share compiled steps."""
-        rate = self.full_rate if full else self.rate
-        return _adamw(rate, self.steps(examples), self.warmup, self.weight_decay)
+    def optimizer(self, examples: int, kind: str = "") -> optax.GradientTransformation:
+        """Return AdamW with warm-up and cosine; one object per number of steps, so that tasks share compiled steps.
 
-    def with_picks(self, examples: int) -> optax.GradientTransformation:
-        """Return the same with another rate for the scores of picks, which do not decay."""
-        return _partition(self.optimizer(examples), _adamw(self.pick_rate, self.steps(examples), self.warmup, 0.0))
+        Args:
+          examples: of the training data.
+          kind: "lora", "full", "room" or "picked" trains all or a part at a rate of its own; scores do not decay.
+        """
+        steps, rate = self.steps(examples), {"lora": self.lora_rate, "full": self.full_rate}.get(kind, self.rate)
+        tx = _adamw(rate, steps, self.warmup, self.weight_decay)
+        if kind == "room":
+            return _except_for("shared", _adamw(self.room_rate, steps, self.warmup, self.weight_decay), tx)
+        if kind == "picked":
+            return _except_for("pick", _adamw(self.pick_rate, steps, self.warmup, 0.0), tx)
+        return tx
 
 
 @functools.cache
@@ -48,13 +58,10 @@ def _adamw(rate: float, steps: int, warmup: float, weight_decay: float) -> optax
 
 
 @functools.cache
-def _partition(
-    others: optax.GradientTransformation, picks: optax.GradientTransformation
+def _except_for(
+    part: str, its: optax.GradientTransformation, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    return optax.partition(
-        {"others": others, "picks": picks},
-        lambda params: {part: "picks" if part == "pick" else "others" for part in params},
-    )
+    return optax.partition({True: its, False: others}, lambda params: {name: name == part for name in params})
 
 
 @dataclasses.dataclass

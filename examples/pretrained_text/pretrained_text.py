@@ -37,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.quick and options.data is None:
         parser.error("pass --data FOLDER, or --quick")
+    settings = Settings(epochs=options.epochs)
     encoder = text_encoder.tiny() if options.quick else text_encoder.load(options.model)
 
     def task(name: str, seed: int) -> TextTask:
@@ -45,7 +46,7 @@ def main() -> None:
             return text_tasks.make_task(name, made, encoder.tokenise, Limits(tokens=16), seed)
         return text_tasks.read_task(options.data, name, encoder.tokenise, Limits(train=options.train), seed)
 
-    def begin(seed: int, settings: Settings) -> pretrained_run.Experiment:
+    def begin(seed: int) -> pretrained_run.Experiment:
         tasks = tuple(task(name, seed) for name in options.tasks)
         return pretrained_run.Experiment(encoder.encoder, tasks, text_tasks.unlabelled(tasks), settings, seed)
 
