@@ -69,20 +69,39 @@ def picture(rows: Sequence[dict[str, Any]]) -> Picture:
     """Return the picture of accuracy against bytes per task."""
     figure = Picture(8, 4.6)
     axes = figure.subplots()
+    axes.set(xscale="log", xlabel="kB per task, head included", ylabel="mean test accuracy")
+    axes.grid(alpha=0.3)
+    axes.margins(0.08, 0.12)
     for row in rows:
+        color, mark = ("#1a7f37", "o") if row["ours"] else ("#57606a", "s")
+        axes.plot(row["stored"] / 1000, row["accuracy"], mark, color=color)
+    figure.draw_without_rendering()  # only now are limits and margins known
+    points = axes.transData.transform([(row["stored"] / 1000, row["accuracy"]) for row in rows]) * 72 / figure.dpi
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for row, (x, y) in zip(rows, points, strict=True):
         color = "#1a7f37" if row["ours"] else "#57606a"
-        axes.plot(row["stored"] / 1000, row["accuracy"], "o" if row["ours"] else "s", color=color)
+        left, low = _free_place(x, y, 5 * len(row["way"]), taken)
         axes.annotate(
             row["way"],
             (row["stored"] / 1000, row["accuracy"]),
-            (5, 3),
+            (left - x, low - y),
             textcoords="offset points",
             fontsize=8,
             color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4, "shrinkB": 4},
         )
-    axes.set(xscale="log", xlabel="kB per task, head included", ylabel="mean test accuracy")
-    axes.grid(alpha=0.3)
     return figure
+
+
+def _free_place(x: float, y: float, length: float, taken: list[tuple[float, ...]]) -> tuple[float, float]:
+    """Return where the label of a point begins, in points of print, so that it covers no other; and take that place."""
+    heights = sorted(range(-60, 61, 10), key=abs)
+    for up, left in ((up, left) for up in heights for left in (x + 6, x - 6 - length)):
+        box = (left, y + up - 3, left + length, y + up + 6)
+        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            taken.append(box)
+            return left, y + up - 3
+    return x + 6, y
 
 
 def write(out: Path, title: str, rows: Sequence[dict[str, Any]], text: str) -> Path:
