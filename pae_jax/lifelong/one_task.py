@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pae_jax.core import (
-    State,
-    freeze,
-    integrity,
-)
+from pae_jax.core import State, freeze, integrity
 from pae_jax.lifelong import policy
 from pae_jax.lifelong.policy import Goal, Outcome, Stage, StageRecord, Status
 from pae_jax.lifelong.session import Session
@@ -48,7 +44,7 @@ class Learner:
         folder: TaskFolder | None,
         title: str,
     ):
-        self.session, self.checked, self.start, self.upcoming = session, checked, start, upcoming
+        self.start, self.upcoming = start, upcoming
         self.net, self.recipe, self.run = session.net, session.recipe, session.run
         self.processes = session.processes
         self.background = session.run is not None and session.run.background

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 from jax.sharding import Mesh
 
 from pae_jax.core import State, find, from_variables, init, names, task_variables
 from pae_jax.errors import ArgumentError
-from pae_jax.lifelong.one_task import Learner
 from pae_jax.lifelong.opening import open_learner, open_session
 from pae_jax.lifelong.phases import WEIGHTS
-from pae_jax.lifelong.policy import Outcome
 from pae_jax.lifelong.preconditions import check_place, check_task
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
@@ -67,63 +64,13 @@ def baseline(
       True
     """
     with open_session(net, recipe, key, run, devices, progress) as session:
-        return _alone(session, task, start).value()
+        return _own_value(session, task, start)
 
 
-def own_network(
-    net: Net,
-    task: Task,
-    recipe: Recipe,
-    *,
-    key: jax.Array,
-    run: Run | None = None,
-    start: State | None = None,
-    devices: Devices | Mesh | None = None,
-    progress: bool = False,
-) -> Outcome:
-    """Train the task's own network, as `baseline` does, and return all that came of it."""
-    with open_session(net, recipe, key, run, devices, progress) as session:
-        return _alone(session, task, start).outcome()
-
-
-@dataclass(frozen=True)
-class _OwnNetwork:
-    """A task's own network, trained or about to be."""
-
-    session: Session
-    checked: CheckedTask
-    start: State
-    earlier: str
-
-    def outcome(self) -> Outcome:
-        """Train it; raise where that fails."""
-        with self._learner() as learner:
-            return self._trained(learner)
-
-    def value(self) -> float:
-        """Return its metric, from disk if it is there."""
-        with self._learner() as learner:
-            known = learner.finished_value()
-            return self._trained(learner).value if known is None else known
-
-    def _learner(self) -> contextlib.AbstractContextManager[Learner]:
-        task = self.checked.task.name
-        name, title = folder_name("baseline-", task), f"{task} (own network)"
-        if self.earlier:
-            name = folder_name(f"finetune-{zlib.crc32(self.earlier.encode(errors='surrogatepass')):08x}-", task)
-            title = f"{task} (own network from {self.earlier})"
-        return open_learner(self.session, self.checked, self.start, None, None, name, title)
-
-    def _trained(self, learner: Learner) -> Outcome:
-        found = learner.learn()
-        if not found.status.added:
-            raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
-        return found
-
-
-def _alone(
+def _own_value(
     session: Session, task: Task, start: State | None, earlier: str = "", checked: CheckedTask | None = None
-) -> _OwnNetwork:
+) -> float:
+    """Return the metric of a task's own network, from disk if it is there; train it otherwise."""
     recipe = session.recipe
     train = recipe.finetune if earlier and recipe.finetune is not None else recipe.train
     # A network that is drawn anew trains as a whole; so does one whose recipe leaves the shared weights to the picks.
@@ -153,14 +100,25 @@ def _alone(
     if checked is None:
         check_place(session.net, start, task, session.run)
         checked = check_task(session.net, start, task, alone, None, None, session.devices)
-    return _OwnNetwork(session, checked, start, earlier)
+    name, title = folder_name("baseline-", task.name), f"{task.name} (own network)"
+    if earlier:
+        name = folder_name(f"finetune-{zlib.crc32(earlier.encode(errors='surrogatepass')):08x}-", task.name)
+        title = f"{task.name} (own network from {earlier})"
+    with open_learner(session, checked, start, None, None, name, title) as learner:
+        known = learner.finished_value()
+        if known is not None:
+            return known
+        found = learner.learn()
+    if not found.status.added:
+        raise ArgumentError(f"the own network of task {found.task!r} {found.status.value}: lower its learning rate")
+    return found.value
 
 
 def own_goal(session: Session, state: State, checked: CheckedTask, kind: str) -> float:
     """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
     task = checked.task
     if kind == "baseline" or not state.tasks:
-        return _alone(session, task, None, checked=checked).value()
+        return _own_value(session, task, None, checked=checked)
     earlier = names(state)
     order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
     values = []
@@ -168,5 +126,5 @@ def own_goal(session: Session, state: State, checked: CheckedTask, kind: str) ->
         start = from_variables(
             session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
         )
-        values.append(_alone(session, task, start, name, checked).value())
+        values.append(_own_value(session, task, start, name, checked))
     return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)

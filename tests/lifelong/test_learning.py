@@ -17,7 +17,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 import pae_jax as pae
-from pae_jax.lifelong import own_network, stage_maker, task_folder
+from pae_jax.lifelong import stage_maker, task_folder
 from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.session import stage_key
 from pae_jax.training.losses import softmax_cross_entropy
@@ -548,25 +548,31 @@ def test_without_a_ladder_or_with_a_ratio_of_0_the_first_task_is_plain_training(
     same_network(learn(empty, task, dataclasses.replace(PLAIN, ladder=nothing)).state, plain)
 
 
-def test_the_own_network_of_a_task_is_plain_training_from_its_own_start(net, learn):
+def own_network(net, task, recipe, path, **options):
+    """The own network of a task, as a run keeps it, and its value."""
+    value = pae.baseline(net, task, recipe, key=KEY, run=pae.Run(path), **options)
+    return pae.load(net, path / f"baseline-{task.name}" / "frozen"), value
+
+
+def test_the_own_network_of_a_task_is_plain_training_from_its_own_start(net, tmp_path):
     task, recipe = make_task(), dataclasses.replace(PLAIN, ladder=STEPS, goal="baseline", retrain=QUICK)
     start = pae.init(net, stage_key(KEY, "a", "init"))
-    own = own_network.own_network(net, task, recipe, key=KEY, progress=False)
-    same_network(own.state, by_hand(net, start, task, PLAIN))
-    assert pae.baseline(net, task, recipe, key=KEY, progress=False) == own.value
+    own, value = own_network(net, task, recipe, tmp_path)
+    same_network(own, by_hand(net, start, task, PLAIN))
+    assert pae.baseline(net, task, recipe, key=KEY, progress=False) == value
 
 
 def test_an_own_network_drawn_anew_trains_as_a_whole_and_a_given_one_the_parts_of_the_recipe(
-    net, vector_module, bits, state_facts
+    net, vector_module, bits, state_facts, tmp_path
 ):
     train = dataclasses.replace(QUICK, parts=("shared", "head"))
     task, recipe = make_task(), dataclasses.replace(PLAIN, train=train, local_init="newest")
     started = pae.from_variables(net, vector_module().init(KEY, jnp.zeros((1, 4)), train=False))
-    given = own_network.own_network(net, task, recipe, key=KEY, start=started, progress=False).state
+    given, _ = own_network(net, task, recipe, tmp_path / "given", start=started)
     assert bits(given.tasks["a"].local) == bits(started.local)
     assert bits(given.shared) != bits(started.shared)
-    drawn = own_network.own_network(net, task, recipe, key=KEY, progress=False).state
-    whole = own_network.own_network(net, task, dataclasses.replace(recipe, train=QUICK), key=KEY, progress=False).state
+    drawn, _ = own_network(net, task, recipe, tmp_path / "drawn")
+    whole, _ = own_network(net, task, dataclasses.replace(recipe, train=QUICK), tmp_path / "whole")
     assert state_facts(drawn) == state_facts(whole)
 
 
