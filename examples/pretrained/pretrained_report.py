@@ -72,18 +72,18 @@ def picture(rows: Sequence[dict[str, Any]]) -> Picture:
     axes.set(xscale="log", xlabel="kB per task, head included", ylabel="mean test accuracy")
     axes.grid(alpha=0.3)
     axes.margins(0.08, 0.12)
-    for row in rows:
-        color, mark = ("#1a7f37", "o") if row["ours"] else ("#57606a", "s")
-        axes.plot(row["stored"] / 1000, row["accuracy"], mark, color=color)
+    points = [(row["stored"] / 1000, row["accuracy"]) for row in rows]
+    colors = ["#1a7f37" if row["ours"] else "#57606a" for row in rows]
+    for row, point, color in zip(rows, points, colors, strict=True):
+        axes.plot(*point, "o" if row["ours"] else "s", color=color)
     figure.draw_without_rendering()  # only now are limits and margins known
-    points = axes.transData.transform([(row["stored"] / 1000, row["accuracy"]) for row in rows]) * 72 / figure.dpi
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    for row, (x, y) in zip(rows, points, strict=True):
-        color = "#1a7f37" if row["ours"] else "#57606a"
+    printed = axes.transData.transform(points) * 72 / figure.dpi
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in printed]
+    for row, point, color, (x, y) in zip(rows, points, colors, printed, strict=True):
         left, low = _free_place(x, y, 5 * len(row["way"]), taken)
         axes.annotate(
             row["way"],
-            (row["stored"] / 1000, row["accuracy"]),
+            point,
             (left - x, low - y),
             textcoords="offset points",
             fontsize=8,
