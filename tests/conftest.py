@@ -157,6 +157,19 @@ def run_together():
 
 
 @pytest.fixture(scope="session")
+def on_devices(run_together):
+    """Return a function that runs a program on some virtual devices; it returns the lines that the program printed."""
+
+    def run(count, code, *words):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        [(output, status)] = run_together([(["-c", code, *words], {"XLA_FLAGS": flags})])
+        assert status == 0, output[-3000:]
+        return output.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def bits():
     """Return `{path: (dtype and shape, bytes)}` of a tree: equal only if the arrays are, NaN and -0.0 included."""
     return lambda tree: {path: _bits(leaf) for path, leaf in flatten(tree).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,16 +90,9 @@ class Picking:
         if not jnp.issubdtype(pick.dtype, jnp.floating):
             return pick
         if self.top is not None:
-            return self._highest(pick)
+            return _highest(pick, round(self.top * pick.size))
         positive = pick > self.threshold
         return positive.astype(jnp.int8) - (pick < 0).astype(jnp.int8) if self.ternary else positive
-
-    def _highest(self, pick: jax.Array) -> jax.Array:
-        """Mark the `round(top * size)` highest scores of a leaf, ties by index."""
-        count = jnp.asarray([pick.size - round((self.top or 0.0) * pick.size)], jnp.int32)
-        scores = jax.lax.stop_gradient(pick)
-        [lowest] = smallest([scores - jnp.min(scores)], [jnp.ones(pick.shape, bool)], count, "leaf")
-        return ~lowest
 
     def straight_through(self, scores: Scores) -> Scores:
         """Return the signs as float32 factors whose gradient passes to the scores unchanged."""
@@ -107,6 +101,15 @@ class Picking:
     def among(self, owner: Owners, task_id: TaskId) -> Masks:
         """Return the bool tree of the weights that a task may pick: older ones, and with `own` its own."""
         return jax.tree.map(lambda o: (o > 0) & (o <= task_id), owner) if self.own else older(owner, task_id)
+
+
+@partial(jax.jit, static_argnames="count")
+def _highest(pick: jax.Array, count: int) -> jax.Array:
+    """Mark the highest scores of a leaf, ties by index."""
+    scores = jax.lax.stop_gradient(pick)
+    rest = jnp.asarray([pick.size - count], jnp.int32)
+    [lowest] = smallest([scores - jnp.min(scores)], [jnp.ones(pick.shape, bool)], rest, "leaf")
+    return ~lowest
 
 
 def older(owner: Owners, task_id: TaskId) -> Masks:

@@ -1,9 +1,6 @@
 """A task as plain Flax: the gate in anybody's trainer, what `commit` takes and refuses, and what `as_flax` computes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import flax.training.train_state
 import jax
@@ -312,12 +309,8 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def on_eight_devices(on_devices):
+    return json.loads(on_devices(8, DEVICES)[-1])
 
 
 @pytest.mark.parametrize("axes", ["auto", "explicit"])

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import os
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -330,10 +328,5 @@ print("fine")
 """
 
 
-def test_parts_train_on_several_devices():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", DEVICES, os.path.dirname(__file__)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "fine"
+def test_parts_train_on_several_devices(on_devices):
+    assert on_devices(4, DEVICES, os.path.dirname(__file__))[-1] == "fine"

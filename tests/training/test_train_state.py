@@ -4,10 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -359,12 +356,8 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def on_eight_devices(on_devices):
+    return json.loads(on_devices(8, DEVICES)[-1])
 
 
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
