@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, title: str, begin: Callable[[int], Experime
     """Run the requested ways for every seed, then write the table and the picture of all results in the folder."""
     for seed in options.seeds:
         experiment = begin(seed)
-        _open_folder(options, experiment)
+        open_folder(options.out, experiment)
         for way in options.ways:
             _run(way, experiment, options.out / f"seed-{seed}" / way)
     results = pretrained_report.collect(options.out, options.tasks)
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, title: str, begin: Callable[[int], Experime
 
 def _run(way: str, experiment: Experiment, folder: Path) -> None:
     if way in pretrained_packing.WAYS:
-        _pack(way, experiment, folder)
+        pack(way, experiment, folder)
         return
     encoder, tasks, settings, seed = experiment.encoder, experiment.tasks, experiment.settings, experiment.seed
     missing = [task for task in tasks if not (folder / f"{task.name}.json").exists()]
@@ -74,7 +74,7 @@ def _run(way: str, experiment: Experiment, folder: Path) -> None:
             _keep(folder, way, pretrained_rivals.learn(way, encoder, task, settings, seed))
 
 
-def _pack(name: str, experiment: Experiment, folder: Path) -> None:
+def pack(name: str, experiment: Experiment, folder: Path) -> None:
     """Learn the tasks one after the other in one network; every stage is on disk, so that a run can be resumed."""
     encoder, tasks, settings, seed = experiment.encoder, experiment.tasks, experiment.settings, experiment.seed
     if all((folder / f"{task.name}.json").exists() for task in tasks):
@@ -106,13 +106,12 @@ def _keep(folder: Path, way: str, result: Result) -> None:
     print(f"{way}: {result.task} {result.accuracy:.3f}, {result.stored:,} bytes, {result.seconds:.0f} s", flush=True)
 
 
-def _open_folder(options: argparse.Namespace, experiment: Experiment) -> None:
+def open_folder(out: Path, experiment: Experiment) -> None:
     """Make the folder of the results, or check that it was begun with the same settings."""
-    record = options.out / "settings.json"
-    sizes = [len(task.train[1]) for task in experiment.tasks]
-    mine = {"encoder": experiment.encoder.name, "tasks": options.tasks, "train": sizes}
-    mine |= dataclasses.asdict(experiment.settings)
+    record, tasks = out / "settings.json", experiment.tasks
+    mine = {"encoder": experiment.encoder.name, "tasks": [task.name for task in tasks]}
+    mine |= {"train": [len(task.train[1]) for task in tasks], **dataclasses.asdict(experiment.settings)}
     if record.exists() and json.loads(record.read_text("utf-8")) != mine:
-        raise SystemExit(f"{options.out} was begun with other settings ({record}); pass another --out")
-    options.out.mkdir(parents=True, exist_ok=True)
+        raise SystemExit(f"{out} was begun with other settings ({record}); pass another --out")
+    out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")

@@ -7,6 +7,8 @@ Expected:  per way and rule: how often the domain is found, and how often domain
 
 A task is inferred by the most confident or the least uncertain answer of all tasks, or by the nearest class mean of the
 pretrained features, which needs nothing learned. "told" is the accuracy when the domain is known.
+
+Every finished task is kept in the output folder: run the same command again to go on.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pretrained"))
 
 import pretrained_packing
 import pretrained_rivals
+import pretrained_run
 import text_encoder
 import text_tasks
-from pretrained_encoder import Encoder
+from pretrained_run import Experiment
 from pretrained_settings import Settings
 from text_encoder import TextEncoder
 from text_tasks import Limits, TextTask
@@ -47,10 +50,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    encoder, settings = text_encoder.load(options.model), Settings(epochs=options.epochs)
+    encoder = text_encoder.load(options.model)
     tasks = domains(options.data, encoder, options.seed)
-    rows = compare(encoder.encoder, tasks, settings, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(encoder.encoder, tasks, None, Settings(epochs=options.epochs), options.seed)
+    pretrained_run.open_folder(options.out, experiment)
+    rows = compare(experiment, options.out)
     (options.out / "unknown.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", "utf-8")
     columns = ["way", "rule", "domain found", "both right"]
     print(text_table(columns, [[r["way"], r["rule"], f"{r['domain']:.4f}", f"{r['both']:.4f}"] for r in rows]))
@@ -67,9 +71,10 @@ def domains(folder: Path, encoder: TextEncoder, seed: int) -> tuple[TextTask, ..
     return tuple(tasks)
 
 
-def compare(encoder: Encoder, tasks: tuple[TextTask, ...], settings: Settings, seed: int) -> list[dict[str, Any]]:
+def compare(experiment: Experiment, out: Path) -> list[dict[str, Any]]:
     """Return the accuracy of every way and rule on the test sentences of all tasks."""
-    length = max(task.length for task in tasks)
+    encoder, tasks = experiment.encoder, experiment.tasks
+    length = max(task.test[0]["ids"].shape[1] for task in tasks)
     x = text_tasks.joined([task.test[0] for task in tasks], length)
     owner = np.repeat(np.arange(len(tasks)), [len(task.test[1]) for task in tasks])
     y = np.concatenate([task.test[1] for task in tasks])
@@ -85,7 +90,7 @@ def compare(encoder: Encoder, tasks: tuple[TextTask, ...], settings: Settings, s
     nearest = pretrained_rivals.nearest(means, pretrained_rivals.features_of(encoder, x))
     first = np.concatenate([np.arange(task.classes) for task in tasks])
     rows = [_row("ncm", "nearest class mean", of_mean[nearest], first[nearest], owner, y)]
-    found = {"lora-8": _lora(encoder, tasks, settings, seed, x), "expand": _packed(encoder, tasks, settings, seed, x)}
+    found = {"lora-8": _lora(experiment, out / "lora-8", x), "expand": _packed(experiment, out / "expand", x)}
     for way, logits in found.items():
         answers = np.stack([logits[task.name].argmax(axis=1) for task in tasks])
         rules = {"told": owner, "nearest class mean": of_mean[nearest], **chosen(logits)}
@@ -110,22 +115,28 @@ def _row(way: str, rule: str, task: np.ndarray, answer: np.ndarray, owner: np.nd
     return {"way": way, "rule": rule, "domain": float(right.mean()), "both": float((right & (answer == y)).mean())}
 
 
-def _lora(encoder: Encoder, tasks: tuple[TextTask, ...], settings: Settings, seed: int, x: Any) -> Logits:
+def _lora(experiment: Experiment, folder: Path, x: Any) -> Logits:
+    folder.mkdir(exist_ok=True)
     logits = {}
-    for task in tasks:
-        changes, params, _ = pretrained_rivals.fitted("lora-8", encoder, task, settings, seed)
-        logits[task.name] = pretrained_rivals.logits_of(changes, params, "own", x)
-        print(f"lora-8: {task.name} learned", flush=True)
+    for task in experiment.tasks:
+        kept = folder / f"{task.name}.npy"
+        if not kept.exists():
+            changes, params, _ = pretrained_rivals.fitted(
+                "lora-8", experiment.encoder, task, experiment.settings, experiment.seed
+            )
+            with kept.with_suffix(".part").open("wb") as file:
+                np.save(file, pretrained_rivals.logits_of(changes, params, "own", x))
+            kept.with_suffix(".part").rename(kept)
+            print(f"lora-8: {task.name} learned", flush=True)
+        logits[task.name] = np.load(kept)
     return logits
 
 
-def _packed(encoder: Encoder, tasks: tuple[TextTask, ...], settings: Settings, seed: int, x: Any) -> Logits:
-    way, net = pretrained_packing.WAYS["expand"], pretrained_packing.network(encoder)
-    state = pretrained_packing.start(way, encoder, net, None, settings, seed)
-    for task in tasks:
-        state, val, _ = pretrained_packing.learn(way, encoder, net, state, task, settings, seed)
-        print(f"expand: {task.name} learned, validation accuracy {val:.3f}", flush=True)
-    server = pae.Server(net, state, tasks=[task.name for task in tasks])
+def _packed(experiment: Experiment, folder: Path, x: Any) -> Logits:
+    pretrained_run.pack("expand", experiment, folder)
+    net = pretrained_packing.network(experiment.encoder)
+    state = pae.load(net, max((folder / "stages").iterdir()))
+    server = pae.Server(net, state, tasks=[task.name for task in experiment.tasks])
     return {name: np.asarray(found) for name, found in server.infer_task(x, batch_size=128).logits.items()}
 
 

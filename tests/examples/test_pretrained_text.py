@@ -78,3 +78,30 @@ def test_low_rank_adapters_start_as_the_pretrained_encoder(script):
         features.append(np.asarray(changes.features(changes.fixed, start, x)))
     np.testing.assert_allclose(features[1], features[0], atol=1e-5)
     np.testing.assert_array_equal(features[2], features[0])
+
+
+def test_the_domain_of_a_sentence_is_found_and_a_finished_task_is_not_learned_again(program, tmp_path, monkeypatch):
+    script = program("pretrained_text/text_unknown.py")
+    tiny, lines = script.text_encoder.tiny(), script.text_tasks.made_lines("a", 4, 96, (64, 32, 32))
+    for part, rows in lines.items():
+        text = "".join(f"{label}\t{sentence}\n" for label, sentence in rows)
+        (tmp_path / f"clinc150.{part}.tsv").write_text(text)
+    (tmp_path / "clinc150.labels.json").write_text('["w", "x", "y", "z"]')
+    (tmp_path / "clinc_domains.json").write_text('{"one": ["w", "x"], "two": ["y", "z"]}')
+    words = ["text_unknown.py", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(script.text_encoder, "load", lambda model: tiny)
+    script.main()
+    found = (tmp_path / "out" / "unknown.json").read_text()
+    rows = {(row["way"], row["rule"]): row for row in json.loads(found)["rows"]}
+    rules = ["told", "nearest class mean", "confidence", "entropy"]
+    assert list(rows) == [
+        ("ncm", "nearest class mean"),
+        *((way, rule) for way in ("lora-8", "expand") for rule in rules),
+    ]
+    assert all(0.0 <= row["both"] <= row["domain"] <= 1.0 for row in rows.values())
+    assert rows["expand", "told"]["domain"] == 1.0
+    monkeypatch.setattr(script.pretrained_rivals, "fitted", None)
+    monkeypatch.setattr(script.pretrained_packing, "learn", None)
+    script.main()
+    assert (tmp_path / "out" / "unknown.json").read_text() == found
