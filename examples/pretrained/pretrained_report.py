@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def picture(rows: Sequence[dict[str, Any]]) -> Picture:
     figure.draw_without_rendering()  # only now are limits and margins known
     printed = axes.transData.transform(points) * 72 / figure.dpi
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in printed]
+    bottom, top = axes.bbox.intervaly * 72 / figure.dpi
+    taken += [(-math.inf, -math.inf, math.inf, bottom), (-math.inf, top, math.inf, math.inf)]
     for row, point, color, (x, y) in zip(rows, points, colors, printed, strict=True):
         left, low = _free_place(x, y, 5 * len(row["way"]), taken)
         axes.annotate(
