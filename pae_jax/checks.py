@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -24,6 +25,21 @@ def check_flag(name: str, value: Any) -> None:
     """Raise unless a value is True or False."""
     if not isinstance(value, bool):
         raise ArgumentError(f"{name} must be True or False, found {value!r}")
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise unless a value is of a class; `wanted` says what, and how one is made."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be {wanted}, found {kind_of(value)}")
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, without its contents."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isfunction(value):
+        return f"the function {value.__name__}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def check_number(

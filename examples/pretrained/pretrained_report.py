@@ -80,7 +80,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Picture:
     figure.draw_without_rendering()  # only now are limits and margins known
     printed = axes.transData.transform(points) * 72 / figure.dpi
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in printed]
-    bottom, top = axes.bbox.intervaly * 72 / figure.dpi
+    bottom, top = (edge * 72 / figure.dpi for edge in axes.bbox.intervaly)
     taken += [(-math.inf, -math.inf, math.inf, bottom), (-math.inf, top, math.inf, math.inf)]
     for row, point, color, (x, y) in zip(rows, points, colors, printed, strict=True):
         left, low = _free_place(x, y, 5 * len(row["way"]), taken)

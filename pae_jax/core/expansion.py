@@ -14,7 +14,7 @@ from pae_jax.checks import check_key, check_width
 from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, apply_backbone, batch_size, trial_inputs
+from pae_jax.nets import Net, apply_backbone, batch_size, check_net, trial_inputs
 from pae_jax.trees import PARAMS, Tree, merge, path_name
 from pae_jax.widening import WidenMaps, widen_maps
 
@@ -66,6 +66,7 @@ def expand(
 
     Source: Hung et al., "Packing and Expanding", ICMR 2019, widths by the square root of the size ratio.
     """
+    check_net(net)
     width = _check_call(state, width)
     maps = _analyse(net, state.width, width, overrides)
     if not maps.preserved and not accept_changes:
@@ -87,8 +88,8 @@ def expand(
 
 
 def _check_call(state: State, width: float) -> float:
-    width = check_width(width)
     last = newest(state)
+    width = check_width(width)
     if last is not None and not state.tasks[last].frozen:
         raise PhaseError("expand", last, "packed but not frozen", "fit, prune, freeze or drop of that task")
     if width <= state.width:

@@ -16,7 +16,7 @@ from pae_jax.checks import is_traced
 from pae_jax.core import integrity, ownership
 from pae_jax.core.state import State, TaskState, find, find_trainable
 from pae_jax.errors import ArgumentError, ForgettingError, StructureError
-from pae_jax.nets import Net, merged, mode_arguments, plain_variables
+from pae_jax.nets import Net, check_net, merged, mode_arguments, plain_variables
 from pae_jax.trees import PARAMS, Tree, flatten, merge, require_match
 
 _SOWN = ("intermediates", "Intermediate")
@@ -80,6 +80,7 @@ def as_flax(net: Net, state: State, task: str) -> tuple[Any, Any]:
       >>> bool((module.apply(variables, x, train=False) == pae.predict(net, state, "a", x)).all())
       True
     """
+    check_net(net)
     entry = find(state, task)
     variables = _by_collection(task_variables(net, state, task))
     program, head = net.program(entry.width), entry.head_spec

@@ -14,10 +14,10 @@ import numpy as np
 
 from pae_jax.core import ownership
 from pae_jax.core.spread_arrays import is_spread, pieces
-from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, layout_of, names
+from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, check_state, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.large_arrays import in_threads, packed_mask, selected
-from pae_jax.nets import Net, heads
+from pae_jax.nets import Net, check_net, heads
 from pae_jax.trees import Tree, describe, flatten, require_match
 
 
@@ -203,6 +203,7 @@ def check(state: State, net: Net | None = None) -> None:
       Traceback (most recent call last):
       pae_jax.errors.StructureError: owner, leaf 'Dense_0/kernel': found ids 1..1, expected ids in 0..0. ...
     """
+    check_state(state)
     _check_trees(state)
     _check_tasks(state)
     _check_layout(state)
@@ -212,6 +213,7 @@ def check(state: State, net: Net | None = None) -> None:
 
 def require_own_net(net: Net, state: State, entries: Iterable[TaskState]) -> None:
     """Raise `StructureError` unless state and tasks have the trees of this network."""
+    check_net(net)
     hint = "Was the state made with this net?"
     layout = net.layout(state.width)
     require_match("state.shared", state.shared, layout.shared, hint)

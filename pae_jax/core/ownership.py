@@ -16,7 +16,7 @@ from pae_jax.arrays import Counts, Masks, Owners, Pairs, Scores, Signs, TaskId, 
 from pae_jax.checks import is_traced
 from pae_jax.core import picking, placement
 from pae_jax.core.spread_arrays import whole
-from pae_jax.core.state import State, TaskState, find
+from pae_jax.core.state import State, TaskState, check_state, find
 from pae_jax.trees import PARAMS, Tree, flatten
 
 FREE = 0
@@ -278,6 +278,7 @@ def free_fraction(state: State) -> float | jax.Array:
       >>> pae.free_fraction(state)
       1.0
     """
+    check_state(state)
     _, free = counts(state.owner, id_array(FREE))
     total = sum(leaf.size for leaf in jax.tree.leaves(state.owner))
     if is_traced(free):

@@ -15,7 +15,7 @@ from pae_jax.core.spread_arrays import sharding_of
 from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.nets import Net, heads, own_variables, require_single_answers
+from pae_jax.nets import Net, check_net, heads, own_variables, require_single_answers
 from pae_jax.trees import Tree, require_match
 
 
@@ -46,6 +46,7 @@ def init(net: Net, key: jax.Array, width: float = 1.0, *, sharding: Placement | 
       >>> jax.tree.map(jnp.shape, state.shared)
       {'Dense_0': {'kernel': (4, 24)}, 'Dense_1': {'kernel': (24, 24)}}
     """
+    check_net(net)
     width = check_width(width)
     net.layout(width)
     return _without_tasks(*placement.drawn(net, check_key(key), width, sharding), width)
@@ -84,6 +85,7 @@ def from_variables(net: Net, variables: Any, width: float = 1.0, *, dtype: Any =
       >>> bool(jnp.allclose(pae.features(net, state, "a", x), model.apply(variables, x, train=False)))
       True
     """
+    check_net(net)
     width = check_width(width)
     shared, local = net.split(own_variables(net, variables, width, dtype))
     return _without_tasks(shared, local, width)
@@ -166,6 +168,7 @@ def pack(
 
     Source: Hung et al., ICMR 2019 ("open" with ratio 1); Mallya and Lazebnik, CVPR 2018.
     """
+    check_net(net)
     head = _check_new_task(state, task, head)
     check_choice("sharing", sharing, SHARING)
     if picking is not None and sharing != "picked":
@@ -330,10 +333,10 @@ def _renumbered(state: State, entry: TaskState) -> TaskState:
 
 
 def _check_new_task(state: State, task: str, head: Any) -> Any:
+    last = newest(state)
     if check_name(task) in state.tasks:
         raise ArgumentError(f"task {task!r} exists already; tasks: {', '.join(names(state))}. Choose another name.")
     head = heads.check_head(head)
-    last = newest(state)
     if last is not None and not state.tasks[last].frozen:
         raise PhaseError(f"pack of {task!r}", last, "packed but not frozen", "fit, prune, freeze or drop of that task")
     if len(state.tasks) >= MAX_TASKS:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from flax import struct
 
+from pae_jax.checks import kind_of
 from pae_jax.core.picking import Picking
 from pae_jax.core.spread_arrays import over_processes
-from pae_jax.errors import PhaseError, UnknownTaskError
+from pae_jax.errors import ArgumentError, PhaseError, UnknownTaskError
 from pae_jax.html import ownership as ownership_bars
 from pae_jax.trees import Tree, describe, flatten
 
@@ -130,8 +131,22 @@ def layout_of(**trees: Tree) -> str:
     return json.dumps({path: describe(leaf) for path, leaf in flatten(trees).items()})
 
 
+def check_state(state: Any) -> None:
+    """Raise unless this is a `State`."""
+    if isinstance(state, State):
+        return
+    if isinstance(getattr(state, "state", None), State):
+        hint = "pass its .state"
+    elif isinstance(state, tuple) and state and isinstance(state[0], State):
+        hint = "fit returns two values: state, history = pae.fit(...)"
+    else:
+        hint = "pae.init(net, key) makes the first one, and a net is passed before it"
+    raise ArgumentError(f"state must be a pae_jax State, found {kind_of(state)}; {hint}")
+
+
 def names(state: State) -> list[str]:
     """Return the task names in order of learning."""
+    check_state(state)
     return sorted(state.tasks, key=lambda name: state.tasks[name].id)
 
 
@@ -143,6 +158,7 @@ def newest(state: State) -> str | None:
 
 def find(state: State, task: str) -> TaskState:
     """Return the record of a task, or raise `UnknownTaskError`."""
+    check_state(state)
     if not isinstance(task, str) or task not in state.tasks:
         raise UnknownTaskError(task, names(state))
     return state.tasks[task]

@@ -20,7 +20,7 @@ from pae_jax.faces.cpg_layers import Layer, layers_of
 from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order, without_free
 from pae_jax.faces.placing import Entry
 from pae_jax.models import read_nested
-from pae_jax.nets import Net
+from pae_jax.nets import Net, check_net
 from pae_jax.trees import PARAMS, Tree, describe
 
 # Dicts of a task's variables in `shared_layer_info`.
@@ -72,6 +72,7 @@ def load_cpg_checkpoint(net: Net, path: str | Path) -> State:
 
     Source: Hung et al., NeurIPS 2019, and the layout of the authors' checkpoints, ivclab/CPG.
     """
+    check_net(net)
     path = Path(path).expanduser()
     tree, source = read_nested(path), path.name
     members = _members(source, tree)

@@ -18,7 +18,7 @@ from pae_jax.faces.naming import LAYERS, SCOPE, Layer
 from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_variables, require_order, without_free
 from pae_jax.faces.placing import STATS, Entry
 from pae_jax.faces.tensorflow_tensors import read_tensors
-from pae_jax.nets import Net
+from pae_jax.nets import Net, check_net
 from pae_jax.trees import PARAMS, Tree, describe, flatten
 
 Sharing = Literal["all", "first"]
@@ -74,6 +74,7 @@ def load_pae_checkpoint(
 
     Source: Hung et al., ICMR 2019, and the variable names of the authors' repository, ivclab/PAE.
     """
+    check_net(net)
     members = _members(heads, widths or {}, sharing)
     require_order(members)
     _require_network(net, members)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from pae_jax import html
-from pae_jax.core import State
+from pae_jax.core import State, check_state
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.opening import open_learner, open_session
 from pae_jax.lifelong.ordering import as_passed, in_order
@@ -175,6 +175,7 @@ def learn_all(
       >>> stream.matrix.forgetting()
       0.0
     """
+    check_state(state)
     with open_session(net, recipe, key, run, devices, progress) as session:
         return _learn_all(session, state, *in_order(tasks, order), goals)
 

@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pae_jax.checks import check_key
+from pae_jax.checks import check_key, check_kind
 from pae_jax.core import State
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.one_task import Learner
-from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.recipe import Recipe, check_recipe
 from pae_jax.lifelong.run_folder import Run
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.settings import settings_of
 from pae_jax.lifelong.task import CheckedTask
-from pae_jax.nets import Net
+from pae_jax.nets import Net, check_net
 from pae_jax.processes import together
 from pae_jax.training import Devices, devices_of
 
@@ -28,6 +28,10 @@ def open_session(
     net: Net, recipe: Recipe, key: jax.Array, run: Run | None, devices: Devices | Mesh | None, progress: bool
 ) -> Iterator[Session]:
     """Yield the settings of a call, which all processes that own the devices make."""
+    check_net(net)
+    check_recipe(recipe)
+    if run is not None:
+        check_kind("run", run, Run, "of type Run: pae.Run(folder)")
     where = devices_of(devices)
     owners = None if where.mesh is None else where.mesh.devices.flatten()
     if run is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from pae_jax.checks import check_key
+from pae_jax.checks import check_key, kind_of
 from pae_jax.errors import ArgumentError
-from pae_jax.lifelong.task import Task
+from pae_jax.lifelong.task import Task, require_task
 
 
 class _Reordered(Sequence):
@@ -38,9 +38,11 @@ def in_order(tasks: Sequence[Task], order: Sequence[str] | jax.Array | None) -> 
     Raises:
       ArgumentError: an order that is neither, or names that are not those of the tasks.
     """
-    if not hasattr(tasks, "__len__"):
-        raise ArgumentError(f"tasks must be a sequence, whose length is known; found {type(tasks).__name__}")
+    if not hasattr(tasks, "__len__") or isinstance(tasks, (Mapping, str)):
+        raise ArgumentError(f"tasks must be a sequence, whose length is known; found {kind_of(tasks)}")
     listed = isinstance(tasks, (list, tuple))
+    for number, task in enumerate(tasks if listed else ()):
+        require_task(task, f"tasks[{number}]")
     positions = _positions([task.name for task in tasks] if listed else [], len(tasks), order, listed)
     if order is None:
         return tasks, positions

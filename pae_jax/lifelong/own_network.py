@@ -16,7 +16,7 @@ from pae_jax.lifelong.preconditions import check_place, check_task
 from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
 from pae_jax.lifelong.session import Session
-from pae_jax.lifelong.task import CheckedTask, Task
+from pae_jax.lifelong.task import CheckedTask, Task, require_task
 from pae_jax.nets import Net
 from pae_jax.training import Devices
 
@@ -64,6 +64,7 @@ def baseline(
       True
     """
     with open_session(net, recipe, key, run, devices, progress) as session:
+        require_task(task)
         return _own_value(session, task, start)
 
 

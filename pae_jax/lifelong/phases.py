@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pae_jax.checks import check_choice, check_count, check_fraction, check_number
+from pae_jax.checks import check_choice, check_count, check_fraction, check_kind, check_number
 from pae_jax.core import Of, Scope
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam, Optimizer, Sgd
@@ -103,8 +103,8 @@ class Phase:
         check_count("epochs", self.epochs, 0)
         picks = (("pick_rate", self.pick_rate), ("lone_pick_rate", self.lone_pick_rate))
         for name, rate in (("rate", self.rate), *picks):
-            if not isinstance(rate, Rate) and (name == "rate" or rate is not None):
-                raise ArgumentError(f"{name} must be a Rate, such as Rate(0.01), found {rate!r}")
+            if name == "rate" or rate is not None:
+                check_kind(name, rate, Rate, "a Rate, such as Rate(0.01)")
         for name, optimizer in (("optimizer", self.optimizer), ("pick_optimizer", self.pick_optimizer)):
             if not hasattr(optimizer, "transformation"):
                 raise ArgumentError(f"{name} must be an Optimizer, such as Sgd() or Adam(), found {optimizer!r}")
@@ -176,8 +176,10 @@ class Ladder:
     gain: float | None = None
 
     def __post_init__(self) -> None:
+        check_kind("rungs", self.rungs, (tuple, list), "a tuple of fractions, such as (0.5, 0.7, 0.9)")
         for rung in self.rungs:
             check_fraction(rung, "rungs")
+        check_kind("phase", self.phase, Phase, "of type Phase")
         # The name of a stage has three decimals of the fraction.
         names = [round(rung, 3) for rung in self.rungs]
         if names != sorted(set(names)) or not (names or self.equal_share):

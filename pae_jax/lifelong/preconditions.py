@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
+from pae_jax.core import MAX_TASKS, State, check_state, find, integrity, names, newest, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.recipe import Recipe, check_recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
-from pae_jax.lifelong.task import CheckedTask, Task
+from pae_jax.lifelong.task import CheckedTask, Task, require_task
 from pae_jax.nets import Net, heads
 from pae_jax.training import Devices, require_classes
 
 
 def recipe_for(state: State, recipe: Recipe) -> Recipe:
     """Return the recipe of the next task of a network."""
+    check_state(state)
+    check_recipe(recipe)
     return recipe.first if recipe.first is not None and not state.tasks else recipe
 
 
 def check_place(net: Net, state: State, task: Task, run: Run | None = None) -> None:
     """Check that a network can take a task of this name, and that a run can keep its stages."""
+    require_task(task)
     if run is not None and spread_arrays.over_processes(state):
         raise ArgumentError(
             "run= needs arrays that each process holds whole, and those of this network are spread over several "

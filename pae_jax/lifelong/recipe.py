@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pae_jax.checks import check_choice, check_count, check_number
+from pae_jax.checks import check_choice, check_count, check_kind, check_number
 from pae_jax.core import SHARING, WEIGHT_INITS, Picking, WeightInit
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.phases import Expansion, Ladder, Phase
@@ -81,6 +81,12 @@ class Recipe:
     first: Recipe | None = None
 
     def __post_init__(self) -> None:
+        phases = dict.fromkeys(("train", "head_first", "retrain", "finetune"), Phase)
+        others = {"ladder": Ladder, "expansion": Expansion, "picking": Picking, "first": Recipe}
+        for name, kind in (phases | others).items():
+            value = getattr(self, name)
+            if name == "train" or value is not None:
+                check_kind(name, value, kind, f"of type {kind.__name__}")
         check_choice("sharing", self.sharing, SHARING)
         check_choice("local_init", self.local_init, ("backbone", "fresh", "newest", "nearest"))
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
@@ -115,6 +121,11 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON data; functions are given by name."""
         return plain(self)
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raise unless this is a `Recipe`."""
+    check_kind("recipe", recipe, Recipe, "of type Recipe, such as pae.recipes.pae()")
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_choice, check_name
+from pae_jax.checks import check_choice, check_kind, check_name
 from pae_jax.core import State, find
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net, examples
@@ -151,6 +151,11 @@ def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
         raise TypeError("labels without an accuracy; give the task a Metric with `measure`, such as MeanOf")
     return accuracy(logits, labels)
+
+
+def require_task(task: Any, name: str = "task") -> None:
+    """Raise unless this is a `Task`."""
+    check_kind(name, task, Task, "of type Task: pae.Task(name, head, train, val, test)")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pae_jax.nets.network import Net as Net
 from pae_jax.nets.network import Program as Program
 from pae_jax.nets.network import Rngs as Rngs
 from pae_jax.nets.network import batch_size as batch_size
+from pae_jax.nets.network import check_net as check_net
 from pae_jax.nets.network import layout as layout
 from pae_jax.nets.network import width_for as width_for
 from pae_jax.nets.nnx import merged as merged

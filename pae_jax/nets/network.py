@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.caching import Cache
-from pae_jax.checks import check_width, is_traced
+from pae_jax.checks import check_kind, check_width, is_traced
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.trees import PARAMS, Tree
 
@@ -157,6 +157,11 @@ class Net:
         return Layout(shared, local, features)
 
 
+def check_net(net: Any) -> None:
+    """Raise unless this is a `Net`."""
+    check_kind("net", net, Net, "a network description from pae.linen(build, sample) or pae.nnx(build, sample)")
+
+
 def layout(net: Net, width: float = 1.0) -> Layout:
     """Return which variables of a backbone are shared and which are local to each task; nothing is computed.
 
@@ -184,6 +189,7 @@ def layout(net: Net, width: float = 1.0) -> Layout:
         params/Dense_0/bias  float32[8]
       features: float32[1,8]
     """
+    check_net(net)
     return net.layout(check_width(width))
 
 

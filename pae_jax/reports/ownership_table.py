@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pae_jax import html
-from pae_jax.core import State, TaskState, names, owner_counts, ownership, spread_arrays
+from pae_jax.core import State, TaskState, check_state, names, owner_counts, ownership, spread_arrays
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def report(state: State) -> Report:
       (free)                                       160   50.0%
       320 shared weights in 2 arrays at width 1
     """
+    check_state(state)
     leaves = owner_counts(state)
     totals = np.sum(list(leaves.values()), axis=0)
     rows = []

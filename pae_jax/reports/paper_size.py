@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
-from pae_jax.core import State
+from pae_jax.core import State, check_state
 from pae_jax.errors import ArgumentError, UnknownTaskError
 from pae_jax.reports.ownership_table import report
 from pae_jax.reports.size_table import MB, Sizes, values
@@ -147,6 +147,7 @@ def count(state: State) -> list[Counts]:
       >>> sizes.count(pae.prune(state, "age", 0.5))
       [Counts(task='age', own=160, older=0, norms=0, biases=32, kernels=2, head=34, whole=320)]
     """
+    check_state(state)
     layers = {_layer(path) for path in flatten(state.shared)}
     found = []
     for row in report(state).rows[:-1]:  # without the free weights
@@ -196,6 +197,7 @@ def csv_columns(sizes: Sizes, task: str) -> dict[str, float]:
 
 def weights_at(state: State, width: float) -> int:
     """Count the shared weights at one of the widths the state has had."""
+    check_state(state)
     for growth in state.growth:
         if growth.narrow >= width:
             return sum(math.prod(growth.maps[f"{PARAMS}/{path}"].narrow) for path in flatten(state.owner))

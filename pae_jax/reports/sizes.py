@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_width
-from pae_jax.core import State, TaskState, find, names, ownership, spread_arrays
-from pae_jax.nets import Net, heads
+from pae_jax.core import State, TaskState, check_state, find, names, ownership, spread_arrays
+from pae_jax.nets import Net, check_net, heads
 from pae_jax.reports.paper_size import CSV_COLUMNS as CSV_COLUMNS
 from pae_jax.reports.paper_size import Counts as Counts
 from pae_jax.reports.paper_size import count as count
@@ -97,6 +97,7 @@ def stored_estimate(state: State) -> Sizes:
       - before compression and without metadata; `stored` measures a stage
       - with tasks, free weights count nothing but their place in the owner map
     """
+    check_state(state)
     weights = _owned_bytes(state)
     rows = []
     for name in names(state):
@@ -216,6 +217,7 @@ def dense_networks(net: Net, tasks: State | Mapping[str, Any], *, width: float =
       >>> sizes.dense_networks(net, {"age": 8, "gender": 2}).total
       3496
     """
+    check_net(net)
     specs = {name: tasks.tasks[name].head_spec for name in names(tasks)} if isinstance(tasks, State) else dict(tasks)
     width = check_width(width)
     layout = net.layout(width)

@@ -15,7 +15,7 @@ import numpy as np
 from pae_jax.checks import check_choice, check_count
 from pae_jax.core import State, TaskState, find, integrity, names, ownership
 from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError
-from pae_jax.nets import Net, apply_task, heads, inputs
+from pae_jax.nets import Net, apply_task, check_net, heads, inputs
 from pae_jax.serving import all_tasks
 from pae_jax.serving.all_tasks import By, Inference
 from pae_jax.training import EVAL_BATCH
@@ -75,6 +75,7 @@ class Server:
         tasks: Iterable[str] | None = None,
         resident: Literal["weights", "masks"] = "weights",
     ):
+        check_net(net)
         check_choice("resident", resident, ("weights", "masks"))
         integrity.check(state)
         self._net, self._resident = net, resident

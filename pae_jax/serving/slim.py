@@ -27,7 +27,7 @@ from pae_jax.core import (
     verify,
 )
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, trial_inputs
+from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, check_net, trial_inputs
 from pae_jax.trees import PARAMS, Tree, flatten, merge, path_name
 from pae_jax.widening import Cuts, find_cuts
 
@@ -118,6 +118,7 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     Source: structured removal as in Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, but only of filters
       without effect.
     """
+    check_net(net)
     entry = find(state, task)
     if not entry.frozen:
         raise PhaseError("slim", task, "packed but not frozen", "fit, prune, freeze or drop of that task")

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_flag, check_number
-from pae_jax.core import Placement, State, integrity, placement, spread_arrays
+from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
-from pae_jax.nets import Net
+from pae_jax.nets import Net, check_net
 from pae_jax.storage import files, joint_saving, orbax_arrays, stage
 from pae_jax.storage.background import Saving, wait_for_last
 from pae_jax.storage.shield import Decision, shielded
@@ -106,6 +106,7 @@ def save(
       >>> saving = pae.save(stage + "-again", state, wait=False)
       >>> saving.wait()
     """
+    check_state(state)
     path, timeout = _stage_path(path), check_number("timeout", timeout, 0.0)
     check_flag("wait", wait)
     try:
@@ -183,6 +184,7 @@ def load(
 
     Example: see `save`.
     """
+    check_net(net)
     path = files.local_path(path)
     with _understood(path):
         facts, stored = contents(path)

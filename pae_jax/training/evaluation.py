@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pae_jax.core import State, TaskState, find, integrity, ownership
-from pae_jax.nets import Net, apply_backbone, apply_task, as_inputs, examples, in_pieces
+from pae_jax.nets import Net, apply_backbone, apply_task, as_inputs, check_net, examples, in_pieces
 from pae_jax.training.batches import Feed, Form, feed, form, pad
 from pae_jax.training.losses import Loss, LossPer, Objective, Values, objective
 from pae_jax.training.steps import eval_step
@@ -138,6 +138,7 @@ def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | Non
       >>> pae.predict(net, state, "a", jnp.ones((3, 4))).shape
       (3, 2)
     """
+    check_net(net)
     entry = find(state, task)
     apply = apply_task(net, entry.width, entry.head_spec)
     return _run(net, state, entry, x, batch_size, lambda weights, x: apply(weights, entry.local, entry.head, x))
@@ -167,6 +168,7 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
       >>> pae.features(net, state, "a", jnp.ones((3, 4))).shape
       (3, 16)
     """
+    check_net(net)
     entry = find(state, task)
     if entry.head_spec is None:  # the features are the output, to the bit: one program computes both
         return predict(net, state, task, x, batch_size=batch_size)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from pae_jax.caching import program_text
-from pae_jax.checks import check_choice
+from pae_jax.checks import check_choice, check_kind
 from pae_jax.errors import ArgumentError, DataError
 from pae_jax.trees import Tree, describe, sketch
 
@@ -140,6 +140,7 @@ def objective(loss: Loss | None, per: LossPer, metrics: Mapping[str, Values] | N
         raise ArgumentError(f"loss must be a function (outputs, y) -> losses, found {loss!r}")
     if metrics is None:
         metrics = {"accuracy": accuracy} if loss is None else {}
+    check_kind("metrics", metrics, Mapping, "{name: (outputs, y) -> one number per example}")
     for name, function in metrics.items():
         if name in ("loss", "count", "epoch", "score") or not callable(function):
             raise ArgumentError(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_key
-from pae_jax.core import State, names
+from pae_jax.core import State, check_state, names
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net, as_inputs
+from pae_jax.nets import Net, as_inputs, check_net
 from pae_jax.training.batches import Augment, Feed, Form, feed, form
 from pae_jax.training.evaluation import EVAL_BATCH, features
 
@@ -64,6 +64,8 @@ def nearest_task(
 
     Source: the transfer module of Yadav and Bansal, Findings of ACL 2023.
     """
+    check_state(state)
+    check_net(net)
     check_key(key)
     shape = form(net, state.width, head, True, augment)
     return nearest_of(state, shape, feed(data, shape, batch_size), key)

@@ -13,9 +13,9 @@ import optax
 
 from pae_jax.caching import Cache
 from pae_jax.checks import check_count, check_key
-from pae_jax.core import State, WeightInit, find, pack
+from pae_jax.core import State, WeightInit, check_state, find, pack
 from pae_jax.errors import DataError
-from pae_jax.nets import Net, as_inputs
+from pae_jax.nets import Net, as_inputs, check_net
 from pae_jax.training.batches import Augment, Feed, Form, feed, form
 from pae_jax.training.losses import Loss, LossPer, Objective, objective
 from pae_jax.training.steps import key_of
@@ -87,6 +87,8 @@ def gradient_scores(
 
     Source: Sung et al., "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021 (there per example).
     """
+    check_net(net)
+    check_state(state)
     check_key(key)
     options: Any = {"sharing": sharing, "local_init": local_init, "weight_init": weight_init}
     trial = pack(net, state, task, head=head, key=key, **options)

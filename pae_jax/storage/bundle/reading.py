@@ -8,7 +8,7 @@ from typing import Any
 
 from pae_jax.core import Placement, State, integrity, layout_of, placement
 from pae_jax.errors import ArgumentError, StructureError
-from pae_jax.nets import Net, heads
+from pae_jax.nets import Net, check_net, heads
 from pae_jax.storage import files
 from pae_jax.storage.bundle import assembling, file
 from pae_jax.trees import require_match
@@ -46,6 +46,7 @@ def read_bundle(
 
     Example: see `write_bundle`.
     """
+    check_net(net)
     header, tensors = file.read(files.local_path(path))
     specs = _specs(header, dict(heads or {}))
     _require_model(net, header, specs)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pae_jax.checks import check_choice
-from pae_jax.core import State, integrity, spread_arrays
+from pae_jax.core import State, check_state, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
-from pae_jax.nets import Net
+from pae_jax.nets import Net, check_net
 from pae_jax.storage import files
 from pae_jax.storage.bundle import file, parts
 from pae_jax.storage.bundle import tasks as choice
@@ -75,6 +75,8 @@ def write_bundle(
       >>> bool((pae.predict(net, device, "b", x) == pae.predict(net, state, "b", x)).all())
       True
     """
+    check_state(state)
+    check_net(net)
     spread_arrays.require_here("write_bundle", state)
     integrity.check(state, net)
     return write_state(path, state, tasks, after, weights, local, lambda whole: _measured(net, whole, dict(data or {})))

@@ -1,0 +1,89 @@
+"""What is no network, no network description, no recipe or no task is refused by the argument's name, at the door."""
+
+import inspect
+
+import jax
+import pytest
+
+import pae_jax as pae
+
+
+def functions(argument):
+    """Return `{name: function}` of the public functions that take an argument of this name."""
+    found = {name: getattr(pae, name) for name in pae.__all__} | {"TrainState.create": pae.TrainState.create}
+    for place, home in ((pae.sizes, "pae_jax.reports"), (pae.faces, "pae_jax.faces")):
+        public = {name: value for name, value in vars(place).items() if name[0] != "_"}
+        found |= {name: value for name, value in public.items() if getattr(value, "__module__", "").startswith(home)}
+    functions = {name: f for name, f in found.items() if inspect.isroutine(f) or f is pae.Server}
+    # Without the checks of the tests themselves, which come before those of a function.
+    plain = {name: inspect.unwrap(function) for name, function in functions.items()}
+    return {name: f for name, f in plain.items() if argument in inspect.signature(f).parameters}
+
+
+def call(function, **known):
+    """Call a function with what is known of its arguments, and None for the others that it needs."""
+    parameters = inspect.signature(function).parameters
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    given = {name: known.get(name) for name in needed} | {name: v for name, v in known.items() if name in parameters}
+    return function(**given)
+
+
+@pytest.mark.parametrize("name", sorted(functions("state")))
+def test_what_is_no_state_is_refused_by_name(name, net, packed, tmp_path):
+    outcome = pae.Stream(packed, (), None)
+    slips = [((packed, None), "state, history = pae.fit"), (outcome, "pass its .state"), (net, "net is passed before")]
+    for wrong, hint in [*slips, (None, "pae.init")]:
+        with pytest.raises(pae.ArgumentError, match=f"^state must be a pae_jax State, found .*{hint}"):
+            call(functions("state")[name], path=tmp_path / "new", net=net, task="a", state=wrong)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", sorted(functions("net")))
+def test_what_is_no_net_is_refused_by_name(name, packed, vector_module, tmp_path):
+    slips = [(vector_module, "the class Vector"), (vector_module(), "a value of type Vector")]
+    for wrong, found in [*slips, *([] if name == "check" else [(None, "None")])]:
+        with pytest.raises(pae.ArgumentError, match=f"^net must be .* pae.linen.*, found {found}$"):
+            call(
+                functions("net")[name],
+                path=tmp_path / "new",
+                net=wrong,
+                task="a",
+                state=packed,
+                recipe=pae.recipes.finetune(),
+            )
+    assert not (tmp_path / "new").exists()
+
+
+def test_slips_in_what_is_learned_are_refused_by_name(net, empty, data, tmp_path):
+    task, key, recipe = pae.Task("a", 2, data, data), jax.random.key(0), pae.recipes.finetune()
+    recipes = [("recipe", {"recipe": pae.recipes.pae}, "the function pae"), ("recipe", {"recipe": None}, "None")]
+    other = [("run", {"run": str(tmp_path / "run")}, "a value of type str")]
+    for name, wrong, found in [*recipes, *other, ("task", {"task": data}, "a value of type tuple")]:
+        for call in (pae.learn, lambda net, state, *rest, **options: pae.baseline(net, *rest, **options)):
+            given = {"task": task, "recipe": recipe, "key": key} | wrong
+            with pytest.raises(pae.ArgumentError, match=f"^{name} must be of type .*, found {found}$"):
+                call(net, empty, given.pop("task"), given.pop("recipe"), **given)
+    for name, wrong, found in [*recipes, *other, (r"tasks\[1\]", {"tasks": [task, data]}, "a value of type tuple")]:
+        given = {"tasks": [task], "recipe": recipe, "key": key} | wrong
+        with pytest.raises(pae.ArgumentError, match=f"^{name} must be of type .*, found {found}$"):
+            pae.learn_all(net, empty, **given)
+    with pytest.raises(pae.ArgumentError, match=r"tasks must be a sequence.*dict"):
+        pae.learn_all(net, empty, {"a": task}, recipe, key=key)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slips_in_a_recipe_are_refused_by_name(adam):
+    phase, ladder = pae.recipes.Phase(1, pae.recipes.Rate(0.1)), pae.recipes.Ladder
+    with pytest.raises(pae.ArgumentError, match="train must be of type Phase, found a value of type Gradient"):
+        pae.Recipe("a", train=adam)
+    with pytest.raises(pae.ArgumentError, match="ladder must be of type Ladder, found a value of type Phase"):
+        pae.Recipe("a", train=phase, ladder=phase)
+    with pytest.raises(pae.ArgumentError, match=r"rungs must be a tuple of fractions.*float"):
+        ladder(0.5, phase)
+    with pytest.raises(pae.ArgumentError, match="phase must be of type Phase, found a value of type Rate"):
+        ladder((0.5,), phase.rate)
+
+
+def test_metrics_in_a_list_are_refused_by_name(net, packed, data):
+    with pytest.raises(pae.ArgumentError, match=r"metrics must be {name: .*found a value of type list"):
+        pae.evaluate(net, packed, "a", data, metrics=["accuracy"])
