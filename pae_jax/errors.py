@@ -35,6 +35,10 @@ class UnknownTaskError(PaeError, KeyError):
         self.name = name
         self.known = known
         listing = ", ".join(repr(task) for task in known) or "none yet"
+        if not isinstance(name, (str, int)):
+            found = f"found a value of type {type(name).__name__}"
+            super().__init__(f"a task is given by its name, {found}; {holder} has: {listing}.")
+            return
         hint = f" Add it with pae.pack(net, state, {name!r}, ...)." if holder == "the state" else ""
         super().__init__(f"unknown task {name!r}; {holder} has: {listing}.{hint}")
 

@@ -3,7 +3,9 @@
 import inspect
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import pae_jax as pae
 
@@ -87,3 +89,28 @@ def test_slips_in_a_recipe_are_refused_by_name(adam):
 def test_metrics_in_a_list_are_refused_by_name(net, packed, data):
     with pytest.raises(pae.ArgumentError, match=r"metrics must be {name: .*found a value of type list"):
         pae.evaluate(net, packed, "a", data, metrics=["accuracy"])
+
+
+def test_what_makes_no_module_of_the_right_kind_is_refused_at_once(vector_module):
+    class Other(nnx.Module):
+        def __init__(self, width, rngs):
+            self.dense = nnx.Linear(4, 8, rngs=rngs)
+
+    sample = jnp.zeros((1, 4))
+    for wrong, found in [(3, "a value of type int"), (vector_module(), "a value of type Vector")]:
+        with pytest.raises(pae.ArgumentError, match=f"build must make a Linen module from a width.*{found}$"):
+            pae.linen(wrong, sample)
+    for wrong in (Other, Other(1, nnx.Rngs(0))):
+        with pytest.raises(
+            pae.ArgumentError, match=r"build must make a Linen module.*Other. For NNX modules use pae.nnx"
+        ):
+            pae.linen(wrong, sample)
+    for wrong in (vector_module, vector_module()):
+        with pytest.raises(pae.ArgumentError, match=r"build must make an NNX.*Vector. For Linen modules use pae.linen"):
+            pae.nnx(wrong, sample)
+
+
+def test_the_name_of_a_task_and_inputs_may_not_change_places(net, frozen, data):
+    for call in (pae.Server(net, frozen).predict, lambda x, task: pae.predict(net, frozen, x, task)):
+        with pytest.raises(pae.UnknownTaskError, match=r"a task is given by its name, found a value of type ndarray;"):
+            call(data[0], "a")

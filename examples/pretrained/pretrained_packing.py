@@ -8,6 +8,7 @@ reuse      the same, with the channels of all older tasks in view; biases and no
            whose features tell the new classes best apart by nearest neighbours
 budget     half a percent of the kernels, where the smallest fifth was zeroed, chosen by squared gradients
 distilled  the same after the pruned encoder was retrained to give its former features on all examples, unlabelled
+           "distilled-0.01" has twice the budget
 picked     new channels, and a choice among the older weights (CPG's picks)
 """
 
@@ -56,6 +57,7 @@ WAYS = {
     "reuse": Way(expand=True, sharing="all", reuse=True),
     "budget": Way(prune=0.2, budget=0.005),
     "distilled": Way(prune=0.2, budget=0.005, distil=1),
+    "distilled-0.01": Way(prune=0.2, budget=0.01, distil=1),
     "picked": Way(expand=True, sharing="picked"),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import errors as flax_errors
 from flax import linen as nn
+from flax import nnx
 from flax.core import DenyList, meta, unfreeze
 
 from pae_jax.errors import StructureError
@@ -18,6 +19,8 @@ from pae_jax.trees import PARAMS, Tree
 
 DROPOUT = "dropout"
 Call = Callable[[Any, Tree, bool], Tree]
+
+_HINT = "For NNX modules use pae.nnx."
 
 
 def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] = ()) -> Program:
@@ -140,12 +143,13 @@ def linen(
       >>> net.layout(1.0).features.shape
       (1, 16)
     """
-    source = getattr(build, "__name__", type(build).__name__)
+    wanted = "a Linen module from a width, such as lambda width: Model(...)"
+    source = network.require_build(build, nn.Module, nnx.Module, wanted, _HINT)
     abstract, example = network.read_sample(sample)
     streams = tuple(rngs)
 
     def program_of(width: float) -> Program:
-        module = network.require_module(build(width), nn.Module, source, "For NNX modules use pae.nnx.")
+        module = network.require_module(build(width), nn.Module, source, _HINT)
         return program(module, call, streams)
 
     axes = network.read_free_axes(abstract, free_axes)

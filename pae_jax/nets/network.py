@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.caching import Cache
-from pae_jax.checks import check_kind, check_width, is_traced
+from pae_jax.checks import check_kind, check_width, is_traced, kind_of
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.trees import PARAMS, Tree
 
@@ -207,6 +207,22 @@ def require_batch_axis(outputs: Tree, count: int, source: str, what: str) -> Non
         if not hasattr(leaf, "shape") or leaf.shape[:1] != (count,):
             name = f"{what} {path}".strip()
             raise StructureError(source, name, trees.describe(leaf), f"an array of {count} examples (batch, ...)")
+
+
+def require_build(build: Any, own: type, other: type, wanted: str, hint: str) -> str:
+    """Return the name of what builds a model, for messages; raise unless it can.
+
+    Args:
+      build: what the user passed.
+      own: base class of the modules to be built.
+      other: base class of the other kind of modules.
+      wanted: what `build` makes, with an example.
+      hint: what to do with modules of the other kind.
+    """
+    foreign = isinstance(build, other) or (isinstance(build, type) and issubclass(build, other))
+    if foreign or isinstance(build, own) or not callable(build):
+        raise ArgumentError(f"build must make {wanted}; found {kind_of(build)}{'. ' + hint if foreign else ''}")
+    return getattr(build, "__name__", type(build).__name__)
 
 
 def require_module(model: Any, kind: type, source: str, hint: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx as fnnx
 from flax import traverse_util
 
@@ -19,6 +20,8 @@ from pae_jax.trees import PARAMS, Tree
 
 CONSTANTS = "constants"
 _COLLECTIONS = ((fnnx.Param, PARAMS), (fnnx.BatchStat, "batch_stats"))
+
+_HINT = "For Linen modules use pae.linen."
 
 
 def program(make: Callable[[jax.Array], fnnx.Module], call: Callable[[Any, Tree, bool], Tree] | None = None) -> Program:
@@ -163,13 +166,14 @@ def nnx(
       >>> state.shared["dense"]["kernel"].shape
       (4, 16)
     """
-    source = getattr(build, "__name__", type(build).__name__)
+    wanted = "an NNX module from a width, such as lambda width, rngs: Model(..., rngs=rngs)"
+    source = network.require_build(build, fnnx.Module, nn.Module, wanted, _HINT)
     abstract, example = network.read_sample(sample)
 
     def program_of(width: float) -> Program:
         def make(key: jax.Array) -> fnnx.Module:
             model = build(width, rngs=fnnx.Rngs(key))
-            return network.require_module(model, fnnx.Module, source, "For Linen modules use pae.linen.")
+            return network.require_module(model, fnnx.Module, source, _HINT)
 
         return program(make, call)
 

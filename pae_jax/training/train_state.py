@@ -354,7 +354,7 @@ class TrainState:
         for name in names(state):
             if state.tasks[name].id == self._id():
                 return name
-        raise UnknownTaskError(f"of id {self._id()}", names(state))
+        raise UnknownTaskError(self._id(), names(state), "the network to commit to")
 
     def _id(self) -> int:
         if is_traced(self.task_id):

@@ -904,7 +904,7 @@ def test_what_build_returns_must_be_a_module_of_the_adapters_kind():
 @pytest.mark.parametrize("sample", [np.float32(1), {}, None, {"a": np.zeros((1, 2)), "b": np.zeros(())}], ids=str)
 def test_a_sample_without_a_batch_axis_is_refused(adapter, sample):
     with pytest.raises(pae.StructureError, match=r"sample: found .*, expected arrays with a leading batch axis"):
-        adapter(pae.models.MLP, sample)
+        adapter(lambda width, **rngs: None, sample)
 
 
 def test_a_sample_may_be_abstract_or_of_64_bits(assert_same):

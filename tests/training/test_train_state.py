@@ -546,7 +546,7 @@ def test_commit_refuses_a_state_that_it_was_not_created_from(net, state):
         pae.ForgettingError, match=r"task 'new': \d+ of \d+ weights of 'Dense_0/kernel' .* have changed"
     ):
         ts.commit(net, same_owners)
-    with pytest.raises(pae.UnknownTaskError, match="of id 2"):
+    with pytest.raises(pae.UnknownTaskError, match="unknown task 2; the network to commit to has"):
         ts.commit(net, pae.drop(state, "new"))
     with pytest.raises(pae.PhaseError, match="commit cannot be called now: task 'new' is frozen"):
         ts.commit(net, pae.freeze(state, "new"))
