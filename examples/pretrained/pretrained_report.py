@@ -13,6 +13,9 @@ import pretrained_packing
 
 from pae_jax.reports import Picture, text_table, write_page
 
+SPAN = 0.12
+"""Range of accuracies in the picture; a way below it is drawn as a triangle, with its accuracy beside it."""
+
 
 def collect(out: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row per way: means over its finished tasks and over the seeds that have them all.
@@ -67,25 +70,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Return the picture of accuracy against bytes per task."""
+    """Return the picture of accuracy against bytes per task; ways far below the best stand at its lower edge."""
     figure = Picture(8, 4.6)
     axes = figure.subplots()
     axes.set(xscale="log", xlabel="kB per task, head included", ylabel="mean test accuracy")
     axes.grid(alpha=0.3)
     axes.margins(0.08, 0.12)
-    points = [(row["stored"] / 1000, row["accuracy"]) for row in rows]
+    floor = max(row["accuracy"] for row in rows) - SPAN
+    points = [(row["stored"] / 1000, max(row["accuracy"], floor)) for row in rows]
+    labels = [row["way"] + (f" ({row['accuracy']:.2f})" if row["accuracy"] < floor else "") for row in rows]
     colors = ["#1a7f37" if row["ours"] else "#57606a" for row in rows]
     for row, point, color in zip(rows, points, colors, strict=True):
-        axes.plot(*point, "o" if row["ours"] else "s", color=color)
+        axes.plot(*point, "v" if row["accuracy"] < floor else "o" if row["ours"] else "s", color=color)
     figure.draw_without_rendering()  # only now are limits and margins known
     printed = axes.transData.transform(points) * 72 / figure.dpi
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in printed]
     bottom, top = (edge * 72 / figure.dpi for edge in axes.bbox.intervaly)
     taken += [(-math.inf, -math.inf, math.inf, bottom), (-math.inf, top, math.inf, math.inf)]
-    for row, point, color, (x, y) in zip(rows, points, colors, printed, strict=True):
-        left, low = _free_place(x, y, 5 * len(row["way"]), taken)
+    for label, point, color, (x, y) in zip(labels, points, colors, printed, strict=True):
+        left, low = _free_place(x, y, 5 * len(label), taken)
         axes.annotate(
-            row["way"],
+            label,
             point,
             (left - x, low - y),
             textcoords="offset points",
