@@ -42,6 +42,17 @@ def kind_of(value: Any) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
+def takes(function: Any, count: int) -> bool:
+    """Return whether a function can be called with so many values; True if it does not say."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # written in C
+        return callable(function)
+    return True
+
+
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_end: bool = False
 ) -> float:

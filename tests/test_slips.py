@@ -86,6 +86,16 @@ def test_slips_in_a_recipe_are_refused_by_name(adam):
         ladder((0.5,), phase.rate)
 
 
+def test_functions_that_cannot_be_called_as_fit_does_are_refused_by_name(quick_fit, packed, data):
+    with pytest.raises(pae.DataError, match="data: the function <lambda> must take the number of the epoch"):
+        quick_fit(packed, "a", lambda: iter([data]))
+    for augment in (lambda x: x, 3, lambda key, x, y, more: (x, y)):
+        with pytest.raises(pae.ArgumentError, match=r"augment must be \(key, x\) -> x or \(key, x, y\) -> \(x, y\)"):
+            quick_fit(packed, "a", augment=augment)
+    with pytest.raises(pae.ArgumentError, match=r"resume must be the history that fit returned, found .* str"):
+        quick_fit(packed, "a", resume="history")
+
+
 def test_metrics_in_a_list_are_refused_by_name(net, packed, data):
     with pytest.raises(pae.ArgumentError, match=r"metrics must be {name: .*found a value of type list"):
         pae.evaluate(net, packed, "a", data, metrics=["accuracy"])

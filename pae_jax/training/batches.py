@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.caching import Cache
-from pae_jax.checks import check_count
-from pae_jax.errors import DataError
+from pae_jax.checks import check_count, kind_of, takes
+from pae_jax.errors import ArgumentError, DataError
 from pae_jax.nets import Net, examples, heads, read_inputs, task_function
 from pae_jax.trees import Tree, flatten, sketch
 
@@ -81,6 +81,8 @@ def form(net: Net, width: float, head: Any, classes: bool, augment: Augment | No
     """Return the form of a task's batches."""
     if augment is None:
         return Form(net, width, head, classes)
+    if not takes(augment, 2) and not takes(augment, 3):
+        raise ArgumentError(f"augment must be (key, x) -> x or (key, x, y) -> (x, y), found {kind_of(augment)}")
     if _positional(augment) >= 3:
         return Form(net, width, head, classes, augment, False)
     return Form(net, width, head, classes, _InputsAlone(augment))
@@ -127,6 +129,10 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
         return _array_feed(x, y, batch_size)
     make: Callable[[int], Iterable[Any]]
     if callable(data):
+        if not takes(data, 1):
+            raise DataError(
+                f"data: {kind_of(data)} must take the number of the epoch and return its batches: lambda epoch: ..."
+            )
         make = cast("Callable[[int], Iterable[Any]]", data)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         if iter(data) is data:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pae_jax.checks import check_choice, check_count, check_key
+from pae_jax.checks import check_choice, check_count, check_key, check_kind
 from pae_jax.core import CubicSchedule, State, find_trainable, integrity
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net
@@ -188,6 +188,7 @@ def _resumed(
     training: Training, optimizer: Any, parts: Collection[str], step_key: jax.Array, history: History
 ) -> TrainState:
     """Return the final train state of an earlier fit, after checking that it belongs to this call."""
+    check_kind("resume", history, History, "the history that fit returned")
     ts, entry = history.end, training.state.tasks[training.task]
     if ts is None:
         raise ArgumentError("resume= needs the history of a fit that did not diverge")
