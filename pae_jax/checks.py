@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pae_jax.errors import ArgumentError
+from pae_jax.errors import ArgumentError, kind_of
 from pae_jax.trees import describe
 
 
@@ -31,15 +31,6 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str
     """Raise unless a value is of a class; `wanted` says what, and how one is made."""
     if not isinstance(value, kind):
         raise ArgumentError(f"{name} must be {wanted}, found {kind_of(value)}")
-
-
-def kind_of(value: Any) -> str:
-    """Return what a value is, without its contents."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if inspect.isfunction(value):
-        return f"the function {value.__name__}"
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def takes(function: Any, count: int) -> bool:

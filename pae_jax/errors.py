@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 
@@ -24,6 +25,15 @@ def _rebuild(kind: type[PaeError], args: tuple[Any, ...], attributes: dict[str, 
     return error
 
 
+def kind_of(value: Any) -> str:
+    """Return what a value is, without its contents."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isfunction(value):
+        return f"the function {value.__name__}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
 class ArgumentError(PaeError, ValueError):
     """An argument lies outside its documented range."""
 
@@ -36,8 +46,7 @@ class UnknownTaskError(PaeError, KeyError):
         self.known = known
         listing = ", ".join(repr(task) for task in known) or "none yet"
         if not isinstance(name, (str, int)):
-            found = f"found a value of type {type(name).__name__}"
-            super().__init__(f"a task is given by its name, {found}; {holder} has: {listing}.")
+            super().__init__(f"a task is given by its name, found {kind_of(name)}; {holder} has: {listing}.")
             return
         hint = f" Add it with pae.pack(net, state, {name!r}, ...)." if holder == "the state" else ""
         super().__init__(f"unknown task {name!r}; {holder} has: {listing}.{hint}")

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from flax import struct
 
-from pae_jax.checks import kind_of
 from pae_jax.core.picking import Picking
 from pae_jax.core.spread_arrays import over_processes
-from pae_jax.errors import ArgumentError, PhaseError, UnknownTaskError
+from pae_jax.errors import ArgumentError, PhaseError, UnknownTaskError, kind_of
 from pae_jax.html import ownership as ownership_bars
 from pae_jax.trees import Tree, describe, flatten
 

@@ -86,7 +86,9 @@ def learn(
 
     Source: Hung et al., ICMR 2019 (PAE) and NeurIPS 2019 (CPG).
     """
-    with open_session(net, recipe_for(state, recipe), key, run, devices, progress) as session:
+    check_state(state)
+    with open_session(net, recipe, key, run, devices, progress) as session:
+        session = replace(session, recipe=recipe_for(state, recipe))
         check_place(net, state, task, run)
         checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         return _learn(session, state, checked, goal, upcoming)

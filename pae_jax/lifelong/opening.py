@@ -13,7 +13,7 @@ from pae_jax.checks import check_key, check_kind
 from pae_jax.core import State
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.one_task import Learner
-from pae_jax.lifelong.recipe import Recipe, check_recipe
+from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.settings import settings_of
@@ -29,12 +29,11 @@ def open_session(
 ) -> Iterator[Session]:
     """Yield the settings of a call, which all processes that own the devices make."""
     check_net(net)
-    check_recipe(recipe)
-    if run is not None:
-        check_kind("run", run, Run, "of type Run: pae.Run(folder)")
+    check_kind("recipe", recipe, Recipe, "of type Recipe, such as pae.recipes.pae()")
     where = devices_of(devices)
     owners = None if where.mesh is None else where.mesh.devices.flatten()
     if run is not None:
+        check_kind("run", run, Run, "of type Run: pae.Run(folder)")
         _require_all(owners)
     with together("learn", owners) as processes:
         yield Session(net, recipe, check_key(key), run, where, progress and processes.first, processes)

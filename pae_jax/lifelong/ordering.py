@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from pae_jax.checks import check_key, kind_of
-from pae_jax.errors import ArgumentError
+from pae_jax.checks import check_key
+from pae_jax.errors import ArgumentError, kind_of
 from pae_jax.lifelong.task import Task, require_task
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core import MAX_TASKS, State, check_state, find, integrity, names, newest, spread_arrays
+from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.lifelong.recipe import Recipe, check_recipe
+from pae_jax.lifelong.recipes import Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
 from pae_jax.lifelong.task import CheckedTask, Task, require_task
 from pae_jax.nets import Net, heads
@@ -16,8 +16,6 @@ from pae_jax.training import Devices, require_classes
 
 def recipe_for(state: State, recipe: Recipe) -> Recipe:
     """Return the recipe of the next task of a network."""
-    check_state(state)
-    check_recipe(recipe)
     return recipe.first if recipe.first is not None and not state.tasks else recipe
 
 

@@ -123,11 +123,6 @@ class Recipe:
         return plain(self)
 
 
-def check_recipe(recipe: Any) -> None:
-    """Raise unless this is a `Recipe`."""
-    check_kind("recipe", recipe, Recipe, "of type Recipe, such as pae.recipes.pae()")
-
-
 def plain(value: Any) -> Any:
     """Return settings as JSON data; values without a JSON form are given by the name of their type or function."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -15,8 +15,8 @@ from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.caching import Cache
-from pae_jax.checks import check_kind, check_width, is_traced, kind_of
-from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.checks import check_kind, check_width, is_traced
+from pae_jax.errors import ArgumentError, StructureError, kind_of
 from pae_jax.trees import PARAMS, Tree
 
 Rngs = jax.Array | Mapping[str, jax.Array] | None

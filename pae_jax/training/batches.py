@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.caching import Cache
-from pae_jax.checks import check_count, kind_of, takes
-from pae_jax.errors import ArgumentError, DataError
+from pae_jax.checks import check_count, takes
+from pae_jax.errors import ArgumentError, DataError, kind_of
 from pae_jax.nets import Net, examples, heads, read_inputs, task_function
 from pae_jax.trees import Tree, flatten, sketch
 
@@ -81,11 +80,11 @@ def form(net: Net, width: float, head: Any, classes: bool, augment: Augment | No
     """Return the form of a task's batches."""
     if augment is None:
         return Form(net, width, head, classes)
-    if not takes(augment, 2) and not takes(augment, 3):
-        raise ArgumentError(f"augment must be (key, x) -> x or (key, x, y) -> (x, y), found {kind_of(augment)}")
-    if _positional(augment) >= 3:
+    if takes(augment, 2):
+        return Form(net, width, head, classes, _InputsAlone(augment))
+    if takes(augment, 3):
         return Form(net, width, head, classes, augment, False)
-    return Form(net, width, head, classes, _InputsAlone(augment))
+    raise ArgumentError(f"augment must be (key, x) -> x or (key, x, y) -> (x, y), found {kind_of(augment)}")
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,6 @@ class _InputsAlone:
     def __call__(self, key: jax.Array, x: Tree, y: Tree) -> Batch:
         augment: Any = self.augment
         return augment(key, x), y
-
-
-def _positional(function: Any) -> int:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 2
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
 
 
 def feed(data: Any, form: Form, batch_size: int) -> Feed:

@@ -45,14 +45,8 @@ def test_what_is_no_net_is_refused_by_name(name, packed, vector_module, tmp_path
     slips = [(vector_module, "the class Vector"), (vector_module(), "a value of type Vector")]
     for wrong, found in [*slips, *([] if name == "check" else [(None, "None")])]:
         with pytest.raises(pae.ArgumentError, match=f"^net must be .* pae.linen.*, found {found}$"):
-            call(
-                functions("net")[name],
-                path=tmp_path / "new",
-                net=wrong,
-                task="a",
-                state=packed,
-                recipe=pae.recipes.finetune(),
-            )
+            known = {"path": tmp_path / "new", "task": "a", "state": packed, "recipe": pae.recipes.finetune()}
+            call(functions("net")[name], net=wrong, **known)
     assert not (tmp_path / "new").exists()
 
 
@@ -61,10 +55,10 @@ def test_slips_in_what_is_learned_are_refused_by_name(net, empty, data, tmp_path
     recipes = [("recipe", {"recipe": pae.recipes.pae}, "the function pae"), ("recipe", {"recipe": None}, "None")]
     other = [("run", {"run": str(tmp_path / "run")}, "a value of type str")]
     for name, wrong, found in [*recipes, *other, ("task", {"task": data}, "a value of type tuple")]:
-        for call in (pae.learn, lambda net, state, *rest, **options: pae.baseline(net, *rest, **options)):
-            given = {"task": task, "recipe": recipe, "key": key} | wrong
+        for learn in (pae.learn, pae.baseline):
+            given = {"net": net, "state": empty, "task": task, "recipe": recipe, "key": key} | wrong
             with pytest.raises(pae.ArgumentError, match=f"^{name} must be of type .*, found {found}$"):
-                call(net, empty, given.pop("task"), given.pop("recipe"), **given)
+                call(learn, **given)
     for name, wrong, found in [*recipes, *other, (r"tasks\[1\]", {"tasks": [task, data]}, "a value of type tuple")]:
         given = {"tasks": [task], "recipe": recipe, "key": key} | wrong
         with pytest.raises(pae.ArgumentError, match=f"^{name} must be of type .*, found {found}$"):
@@ -121,6 +115,6 @@ def test_what_makes_no_module_of_the_right_kind_is_refused_at_once(vector_module
 
 
 def test_the_name_of_a_task_and_inputs_may_not_change_places(net, frozen, data):
-    for call in (pae.Server(net, frozen).predict, lambda x, task: pae.predict(net, frozen, x, task)):
+    for predict in (pae.Server(net, frozen).predict, lambda x, task: pae.predict(net, frozen, x, task)):
         with pytest.raises(pae.UnknownTaskError, match=r"a task is given by its name, found a value of type ndarray;"):
-            call(data[0], "a")
+            predict(data[0], "a")
