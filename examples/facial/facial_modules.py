@@ -21,11 +21,12 @@ that was expanded to a size ratio of 1.2. Three presets. `paper` is the publishe
 most accurate one is kept, without a goal; `--fold all` reports mean and deviation. But validation data makes all
 choices: identities of VGGFace2 held out of training choose the pruning ratio of the face task; LFW is only measured.
 Where the weights have a classifier of identities, as FaceNet's checkpoint has, it is kept and retrained. `local` needs
-no data folders. It is reduced: faces of 128 x 128 pixels, 1,200 of a pack to train on, 2 epochs of the head and 3 of
-the network, three rungs of one epoch for the face task and two of two for the others, norms unchanged. It has no
-VGGFace2. So while the face task is pruned, it learns the identities of 20 people of ORL and matches the unpruned
-network's embeddings of unlabelled faces. The next 10 people choose the ratio. The last 10, used for no training and no
-choice, are measured. `tiny` has a small untrained network, for tests. A run is resumed by the same command.
+no data folders. It is reduced: faces of 128 x 128 pixels, 1,200 of a pack to train on (3,000 for expressions), 2 epochs
+of the head and 3 of the network, three rungs of one epoch for the face task and two of two for the others, norms
+unchanged. It has no VGGFace2. So while the face task is pruned, it learns the identities of 20 people of ORL and
+matches the unpruned network's embeddings of unlabelled faces. The next 10 people choose the ratio. The last 10, used
+for no training and no choice, are measured. `tiny` has a small untrained network, for tests. A run is resumed by the
+same command.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def local(preset: Any, file: Path, expressions: Path | None, folder: Path | None
         "retraining": f"{len(images)} views: identities of {train} people, unpruned features of all",
     }
     if expressions is not None:
-        faces = load_expressions(expressions, size=preset.stored, limit=preset.faces)
+        faces = load_expressions(expressions, size=preset.stored, limit=preset.expressions)
         weights = class_weights(np.bincount(faces.train.label, minlength=len(faces.names)).tolist())
         loss = WeightedSoftmax(weights)
         tasks["expression"] = labelled("expression", faces.names, faces, lambda part: part.label, loss)
