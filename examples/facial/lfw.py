@@ -36,6 +36,7 @@ import lfw_data
 import numpy as np
 from facial_modules import FACE, unpruned
 from facial_modules_files import check_folder, open_phases, write_json
+from facial_modules_report import network_sizes
 from lfw_settings import PRESETS, Settings
 from tqdm import tqdm
 
@@ -100,7 +101,9 @@ class Program:
             final = self.embeddings(name, outcomes[-1].state, min(again, len(frozen)))
         same = frozen[: len(final)].tobytes() == final.tobytes()
         rows = [{"task": o.task, "pruned": o.pruned, "validation": o.value, "test": o.test} for o in outcomes]
-        return self.record({"tasks": rows, "chosen": chosen, "identical": same, "compared": len(final)})
+        stage = self.options.out / f"{len(outcomes):02d}-{outcomes[-1].task}" / "frozen"
+        found = network_sizes(self.net, outcomes[-1].state, stage)
+        return self.record({"tasks": rows, "chosen": chosen, "identical": same, "compared": len(final), "sizes": found})
 
     def embeddings(self, name: str, state: pae.State, count: int) -> np.ndarray:
         """Return the embeddings of the first images of LFW."""
@@ -216,7 +219,11 @@ def table(facts: dict[str, Any]) -> str:
         kept = "bit-identical" if facts["identical"] else "CHANGED"
         lines.append(f"{facts['compared']:,} embeddings after age, gender and expression were packed: {kept}")
         found = [[r["task"], f"{r['pruned']:.0%}", f"{r['test']:.4f}"] for r in facts["tasks"] if r["test"] is not None]
-        lines += ["", text_table(["task", "freed", "test accuracy"], found)]
+        lines += ["", text_table(["task", "freed", "test accuracy"], found), "", facts["sizes"]["table"]]
+        size = facts["sizes"]
+        lines.append(
+            f"on disk {size['stored_bytes'] / 1e6:.2f} MB of 10^6 bytes, as one bundle {size['bundle_bytes'] / 1e6:.2f}"
+        )
     return "\n".join(lines)
 
 

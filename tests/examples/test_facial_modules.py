@@ -128,6 +128,7 @@ def test_sizes_say_which_they_are(results, script):
     size = results["sizes"]
     assert size["paper_total"] == sum(size["paper_bytes"].values()) < sum(size["paper_separate"].values())
     assert size["stored_bytes"] < sum(size["stored_separate"].values())
+    assert size["bundle_bytes"] < min(size["stored_bytes"], sum(size["bundle_separate"].values()))
     text = script.report.table(results)
     assert "39.9 % that the paper claims is experiment 2" in text
     assert "published for this experiment 36.4%" in text

@@ -42,6 +42,7 @@ def test_the_pairs_are_measured_unpruned_pruned_and_with_three_more_tasks_bit_id
     assert all(row["pairs"] == 8 for row in found["verification"].values())
     assert [row["task"] for row in found["tasks"]] == ["face", "age", "gender", "expression"]
     assert found["identical"] is True
+    assert found["sizes"]["bundle_bytes"] < found["sizes"]["stored_bytes"]
     unpruned, pruned, final = found["verification"].values()
     assert final == pruned
     assert unpruned != pruned
