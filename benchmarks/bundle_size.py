@@ -7,8 +7,8 @@ Expected:  coded owners and picks <= 1.05 times their entropy; every round trip 
 Writes:    benchmarks/results/bundle_size.json
 
 The demo network, that of `examples/enrol_faces.py`, is trained for seconds, on images drawn at random. The others have
-weights drawn at random, which is fine for counting bytes. Ownership is that of the published runs: the first task keeps
-20 % of all weights, each later one a few percent, and the rest is free. `entropy_ratio` is coded bytes over the entropy
+weights drawn at random, which is fine for counting bytes. The first task keeps 20 % of all weights, each later one a
+few percent, and the rest is free. `entropy_ratio` is coded bytes over the entropy
 of owners and picks, leaf by leaf, and again with the counts that the header keeps for them. Speeds are megabytes of the
 dense float32 weights per second, for safetensors of these weights alone and for bundles of everything.
 """

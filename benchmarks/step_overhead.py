@@ -1,7 +1,7 @@
 """Cost of packing: the train step of a packed network compared with the plain step of the same network.
 
 Command:   python benchmarks/step_overhead.py            (--every for all batch sizes and dtypes, --only VGG16 for one)
-Expected:  packed / plain and user / plain <= 1.03 (SmallCNN, of 15 ms a step, 0.99 to 1.07), user / packed <= 1.03,
+Expected:  packed / plain and user / plain <= 1.03 (SmallCNN, of 15 ms a step, up to 1.10), user / packed <= 1.03,
            memory <= 1 byte per weight more; 6 minutes on 2 CPU cores, half of it compilation
 Writes:    benchmarks/results/step_overhead.json
 

@@ -6,7 +6,7 @@ Command:   python examples/cifar100/cifar100_20tasks.py --preset small --recipe 
 Data:      CIFAR-100 by tensorflow-datasets, or from a local pack: --data FILE.npz
 Expected:  small: one line per method with accuracy and stored bytes; 1 to 6 minutes per method and seed, 2 CPU cores
            medium: the same for all 20 tasks; about 45 minutes for PAE and one seed, estimated from its first task
-           paper: the published protocol, averages 67.5 (PackNet), 77.1 (PAE), 80.9 (CPG); hours on a GPU
+           paper: the published protocol, averages 67.5 (PackNet), 77.1 (PAE), 80.9 (CPG); on a GPU
 
 `paper` is the published protocol (VGG16 with two dense layers of 4096, 20 tasks, 100 epochs), except that every choice
 is made on a tenth of the training images and never on test images. `small` is a network of 0.24 million weights, the

