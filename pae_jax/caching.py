@@ -54,7 +54,7 @@ class Cache:
 def clear_caches() -> None:
     """Clear the caches of traced and compiled programs; the next calls compile again.
 
-    At most 8 train steps and 32 programs that evaluate or predict are kept. They hold the network description, the
+    At most 8 train steps and 64 programs that evaluate or predict are kept. They hold the network description, the
     optimizer and the loss they were made from.
 
     Example:

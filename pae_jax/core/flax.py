@@ -201,16 +201,20 @@ def gate(net: Net, state: State, task: str) -> optax.GradientTransformation:
 
 
 def _names(path: Any) -> list[str]:
-    """Return a key path as names, without the keys that NNX inserts between a variable and its value."""
+    """Return a key path as names, without the key of NNX between a variable and its value, and without "params"."""
+    last = path[-1:] and path[-1]
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name in ("value", "raw_value"):
+        path = path[:-1]
     names = [jax.tree_util.keystr((part,), simple=True) for part in path]
-    return [name for name in names if name not in ("value", "raw_value", PARAMS)]
+    return names[1:] if names[:1] == [PARAMS] else names
 
 
 def _place(names: list[str], whole: bool) -> tuple[str, str]:
     """Return `(part, path in it)` of a parameter; in a tree without a "backbone" all belong to it."""
     for position, name in enumerate(names):
         if name == "backbone" or (name == "head" and whole):
-            return name, "/".join(names[position + 1 :])
+            inner = names[position + 1 :]
+            return name, "/".join(inner[1:] if inner[:1] == [PARAMS] else inner)
     return "backbone", "/".join(names)
 
 
@@ -304,8 +308,11 @@ def accept(
         pick = pick if pick is None else jax.tree.map(_beside, pick, entry.pick)
         backbone = merge(shared, local)
         _require_unchanged(task, entry, shared, handed, _closed(owner, shown))
-        before = {"backbone": merge(handed, entry.local), "head": entry.head}
-        _require_finite(task, {"backbone": backbone, "head": head}, before)
+        picks = {} if pick is None else {"pick": pick}
+        before = {"backbone": merge(handed, entry.local), "head": entry.head} | ({"pick": entry.pick} if picks else {})
+        _require_finite(task, {"backbone": backbone, "head": head, **picks}, before)
+        # The trainer may write to its arrays, or donate them.
+        local, head, owner, pick = jax.tree.map(jnp.copy, (local, head, owner, pick))
     taken = ownership.taken(state.shared, shown, shared, _closed(owner, shown), ownership.id_array(entry.id))
     entry = entry.replace(local=local, head=head, pick=entry.pick if pick is None else pick)
     return state.replace(shared=taken, owner=owner, tasks={**state.tasks, task: entry})

@@ -182,7 +182,9 @@ class CubicSchedule:
         check_choice("scope", self.scope, ("leaf", "global"))
         if self.initial > self.final:
             raise ArgumentError(f"initial must not exceed final, found {self.initial} > {self.final}")
-        if not 0 <= self.begin <= self.end:
+        for name in ("begin", "end"):
+            check_count(name, getattr(self, name))
+        if self.begin > self.end:
             raise ArgumentError(f"0 <= begin <= end must hold, found begin={self.begin}, end={self.end}")
         check_count("every", self.every, 1)
 

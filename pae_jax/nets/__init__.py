@@ -8,7 +8,10 @@ from pae_jax.nets.forward import task_function as task_function
 from pae_jax.nets.inputs import as_inputs as as_inputs
 from pae_jax.nets.inputs import examples as examples
 from pae_jax.nets.inputs import in_pieces as in_pieces
+from pae_jax.nets.inputs import owned as owned
 from pae_jax.nets.inputs import read_inputs as read_inputs
+from pae_jax.nets.inputs import refuse_masks as refuse_masks
+from pae_jax.nets.inputs import require_range as require_range
 from pae_jax.nets.linen import linen as linen
 from pae_jax.nets.modes import mode_arguments as mode_arguments
 from pae_jax.nets.network import Net as Net

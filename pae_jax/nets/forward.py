@@ -12,7 +12,7 @@ from pae_jax.nets import heads
 from pae_jax.nets.network import Net
 from pae_jax.trees import Tree, merge
 
-_FORWARD = Cache(16)
+_FORWARD = Cache(32)
 
 
 def apply_backbone(net: Net, width: float) -> Callable[[Tree, Tree, Tree], Tree]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -33,8 +34,11 @@ def check_head(head: Any) -> Any:
 
 
 def key_of(head: Any) -> Any:
-    """Return the part of a program's cache key for a head; the values of an NNX module are not part of it."""
-    return nnx.split(head)[0] if isinstance(head, nnx.Module) else head
+    """Return the part of a program's cache key for a head; of the values of an NNX module only shapes and dtypes."""
+    if not isinstance(head, nnx.Module):
+        return head
+    graph, values = nnx.split(head)
+    return graph, [(np.shape(leaf), str(jnp.result_type(leaf))) for leaf in jax.tree.leaves(values)]
 
 
 def program(head: Any) -> Program:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_count
+from pae_jax.checks import check_count, is_traced
 from pae_jax.errors import DataError, StructureError
 from pae_jax.nets.network import Net
 from pae_jax.trees import Tree, describe, flatten, sketch
@@ -19,13 +19,15 @@ def read_inputs(net: Net, x: Tree) -> Tree:
     """Return inputs as arrays that fit the sample: same tree, same shape after the batch axis, same kind of dtype.
 
     A list in place of an array is converted to one. Axes in the net's `free_axes` may have any size. A narrower or
-    wider dtype of the same kind (NumPy's float64 for float32) passes; integers for floats do not, because an image of
-    0..255 instead of 0..1 would train without an error.
+    wider dtype of the same kind (NumPy's float64 for float32) passes, if integers keep their values; integers for
+    floats do not, because an image of 0..255 instead of 0..1 would train without an error.
     """
     structure = jax.tree.structure(net.sample)
     hint = "(x, y) is one pair of arrays; several batches go into a list." if isinstance(x, tuple) else ""
     try:
         leaves = [_array(leaf) for leaf in structure.flatten_up_to(x)]
+    except DataError:
+        raise
     except ValueError as error:
         raise StructureError("input", "", sketch(x), sketch(net.sample), hint) from error
     arrays = jax.tree.unflatten(structure, leaves)
@@ -39,6 +41,7 @@ def read_inputs(net: Net, x: Tree) -> Tree:
             raise StructureError("input", path, found, expected, hint or "The batch axis comes first.")
         if not _same_kind(leaf.dtype, wanted.dtype):
             raise StructureError("input", path, found, expected, "Convert and scale the data as the model expects.")
+        require_range(leaf, wanted.dtype, f"input {path}".strip())
     return arrays
 
 
@@ -47,19 +50,40 @@ def as_inputs(net: Net, x: Tree) -> Tree:
     return jax.tree.map(lambda leaf, wanted: jnp.asarray(leaf, wanted.dtype), x, net.sample)
 
 
+def owned(tree: Tree) -> Tree:
+    """Return arrays without those that the caller may write to; JAX may read them after the call has returned."""
+    return jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+
+
+def require_range(leaf: Any, dtype: Any, name: str) -> None:
+    """Raise `DataError` if an integer array holds a value that a dtype does not have."""
+    integers = all(jnp.issubdtype(kind, jnp.integer) for kind in (leaf.dtype, dtype))
+    if not integers or np.can_cast(leaf.dtype, dtype) or is_traced(leaf) or not leaf.size:
+        return
+    limits, low, high = jnp.iinfo(dtype), int(leaf.min()), int(leaf.max())
+    if low < limits.min or high > limits.max:
+        raise DataError(
+            f"{name} has values in {low}..{high}, but {np.dtype(dtype)} holds {limits.min}..{limits.max}. Scale the "
+            "data, or make the net with a sample of the wider dtype."
+        )
+
+
 def checked(net: Net, x: Tree) -> tuple[Tree, int]:
     """Return inputs as arrays of the sample's dtypes, and the number of examples; raise unless they fit the sample."""
     leaves, structure = jax.tree.flatten(x)
     wanted, expected = jax.tree.flatten(net.sample)
     count = len(leaves[0]) if leaves and np.ndim(leaves[0]) else 0
     exact = structure == expected and all(
-        isinstance(leaf, (np.ndarray, jax.Array)) and leaf.dtype == w.dtype and leaf.shape == (count, *w.shape[1:])
+        isinstance(leaf, (np.ndarray, jax.Array))
+        and leaf.dtype == w.dtype
+        and leaf.shape == (count, *w.shape[1:])
+        and not isinstance(leaf, np.ma.MaskedArray)
         for leaf, w in zip(leaves, wanted, strict=True)
     )
     if exact:
-        return x, count
+        return owned(x), count
     x = read_inputs(net, x)
-    return as_inputs(net, x), examples({"x": x})
+    return as_inputs(net, owned(x)), examples({"x": x})
 
 
 def examples(parts: Tree) -> int:
@@ -71,7 +95,8 @@ def examples(parts: Tree) -> int:
 
 
 def _array(leaf: Any) -> Any:
-    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+    refuse_masks(leaf, "input")
+    if isinstance(leaf, (np.ndarray, jax.Array, jax.ShapeDtypeStruct)):
         return leaf
     if isinstance(leaf, (dict, tuple)):
         raise ValueError(f"a {type(leaf).__name__} where the sample has an array")
@@ -79,6 +104,12 @@ def _array(leaf: Any) -> Any:
     if array.dtype == object:
         raise ValueError("not an array")
     return array
+
+
+def refuse_masks(leaf: Any, name: str) -> None:
+    """Raise `DataError` for an array of which some entries are marked as invalid."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise DataError(f"{name} is a masked array, {describe(leaf)}; fill its invalid entries, or drop their examples")
 
 
 def _batch_of(net: Net, path: str, wanted: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from pae_jax.caching import Cache
 from pae_jax.checks import check_count, takes
 from pae_jax.errors import ArgumentError, DataError, kind_of
-from pae_jax.nets import Net, examples, heads, read_inputs, task_function
+from pae_jax.nets import Net, examples, heads, owned, read_inputs, refuse_masks, require_range, task_function
 from pae_jax.trees import Tree, flatten, sketch
 
 Batch = tuple[Tree, Tree]
@@ -140,7 +140,8 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
         empty = True
         for number, batch in enumerate(make(index) if complete is None else complete()(index)):
             empty = False
-            yield _checked(form, batch, f"batch {number} of epoch {index}")
+            # A source may write its next batch into the same arrays.
+            yield owned(_checked(form, batch, f"batch {number} of epoch {index}"))
         if empty:
             raise DataError(f"data gave no batch in epoch {index}")
 
@@ -188,11 +189,13 @@ def _array_feed(x: Tree, y: Tree, batch_size: int) -> Feed:
 
 def _checked(form: Form, batch: Any, where: str) -> Batch:
     x, y = _pair(form.net, batch, where)
-    x, y = _stacked(x), _labels(y)
+    x = x if isinstance(form.net.sample, list) else _stacked(x)
+    y = _labels(y, form.classes, f"{where}: y")
+    native = lambda leaf: _native(leaf, f"{where}: x")  # noqa: E731
     if form.augment is None:
-        seen = x = jax.tree.map(_native, read_inputs(form.net, x))
+        seen = x = jax.tree.map(native, read_inputs(form.net, x))
     else:
-        x = jax.tree.map(_native, x)
+        x = jax.tree.map(native, x)
         seen, _ = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
         read_inputs(form.net, seen)
     for path, leaf in flatten(y).items():
@@ -233,17 +236,19 @@ def _pair(net: Net, batch: Any, where: str) -> Batch:
     raise DataError(f"{where}: expected (x, y) or a dict with 'image' and 'label', found {sketch(batch)}")
 
 
-def _labels(y: Tree) -> Tree:
-    """Return labels as arrays: a list is one array, dicts and tuples contain several; bool counts as class numbers."""
+def _labels(y: Tree, classes: bool, name: str) -> Tree:
+    """Return labels as arrays: a list is one array, dicts and tuples contain several.
+
+    Where they are classes, bool is a class number.
+    """
     if isinstance(y, Mapping):
-        return {name: _labels(part) for name, part in y.items()}
+        return {key: _labels(part, classes, name) for key, part in y.items()}
     if isinstance(y, tuple) and not hasattr(y, "_fields"):
-        return tuple(_labels(part) for part in y)
+        return tuple(_labels(part, classes, name) for part in y)
     if isinstance(y, list):
-        return _labels(_as_one(y, "y"))
-    return jax.tree.map(
-        lambda leaf: leaf.astype(np.int32) if leaf.dtype == np.bool_ else leaf, jax.tree.map(_native, y)
-    )
+        return _labels(_as_one(y, "y"), classes, name)
+    numbers = lambda leaf: leaf.astype(np.int32) if classes and leaf.dtype == np.bool_ else leaf  # noqa: E731
+    return jax.tree.map(lambda leaf: numbers(_native(leaf, name)), y)
 
 
 def _stacked(x: Tree) -> Tree:
@@ -257,9 +262,13 @@ def _as_one(parts: list[Any], name: str) -> np.ndarray:
         raise DataError(f"{name} is a {sketch(parts)}, which are of different shapes and make no array") from error
 
 
-def _native(leaf: Any) -> Any:
-    """Return an array in this machine's byte order."""
+def _native(leaf: Any, name: str) -> Any:
+    """Return an array in this machine's byte order; raise `DataError` for what JAX would not take as it is."""
+    refuse_masks(leaf, name)
     array = leaf if isinstance(leaf, (np.ndarray, jax.Array)) else np.asarray(leaf)
+    if array.dtype.kind in "OSUMm":
+        raise DataError(f"{name} is an array of dtype {array.dtype}; convert it to numbers, such as class numbers")
+    require_range(array, jax.dtypes.canonicalize_dtype(array.dtype), name)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 

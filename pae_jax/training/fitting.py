@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from pae_jax.checks import check_choice, check_count, check_key, check_kind
 from pae_jax.core import CubicSchedule, State, find_trainable, integrity
-from pae_jax.errors import ArgumentError
+from pae_jax.errors import ArgumentError, kind_of
 from pae_jax.nets import Net
 from pae_jax.training.batches import Augment, feed, form
 from pae_jax.training.choice import Best
@@ -23,7 +23,7 @@ from pae_jax.training.sharding import Devices, devices_of
 from pae_jax.training.train_state import PARTS, TrainState
 from pae_jax.trees import abstract, flatten, require_match
 
-_BEYOND_FIT = (optax.LookaheadState, optax.contrib.SAMState)
+_BEYOND_FIT = (optax.LookaheadState, optax.contrib.SAMState, optax.contrib.ScheduleFreeState)
 
 
 def fit(
@@ -112,6 +112,9 @@ def fit(
     """
     entry = find_trainable(state, task, "fit")
     rule = _keep(keep, val is not None)
+    if not hasattr(pruning, "updates_at") and pruning is not None:
+        wanted = "a schedule such as pae.CubicSchedule(final=0.5, end=100)"
+        raise ArgumentError(f"pruning must be {wanted}, found {kind_of(pruning)}")
     integrity.require_own_net(net, state, [entry])
     wanted = objective(loss, loss_per, metrics)
     shape = form(net, entry.width, entry.head_spec, wanted.takes_classes, augment)

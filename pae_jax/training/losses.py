@@ -94,17 +94,16 @@ class Objective:
         if not jnp.issubdtype(losses.dtype, jnp.floating):
             raise DataError(f"the loss is {describe(losses)}; it must be a float")
         if self.per == "example" and self.loss is not None and _mixes(self.loss, out, y):
-            raise DataError(
-                f"the loss mixes examples: inside it an array has the batch axis twice, as outputs (n, 1) minus labels "
-                f"(n,) have. Outputs are {sketch(out)}, labels {sketch(y)}: make their shapes equal, for instance "
-                "out[:, 0]. For a loss over the batch, such as a contrastive one, say loss_per='batch'."
-            )
+            hint = "For a loss over the batch, such as a contrastive one, say loss_per='batch'."
+            raise DataError(f"{_mixing('the loss', out, y)} {hint}")
         for name, function in self.metrics:
             found = _traced(function, out, y, f"metric {name!r}")
             if found.shape != (count,):
                 raise DataError(
                     f"metric {name!r} must be one number per example, shape ({count},); found {found.shape}"
                 )
+            if self.per == "example" and _mixes(function, out, y):
+                raise DataError(_mixing(f"metric {name!r}", out, y))
 
     def check_scalar(self, out: Tree, y: Tree) -> None:
         """Raise `DataError` if a scalar loss is no mean or sum over examples, so that evaluation cannot split it.
@@ -177,6 +176,13 @@ def _traced(function: Any, out: Tree, y: Tree, name: str) -> Any:
     except (TypeError, ValueError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the {name} fails on outputs {sketch(out)} and labels {sketch(y)}: {cause}") from error
+
+
+def _mixing(name: str, out: Tree, y: Tree) -> str:
+    return (
+        f"{name} mixes examples: inside it an array has the batch axis twice, as outputs (n, 1) minus labels (n,) have."
+        f" Outputs are {sketch(out)}, labels {sketch(y)}: make their shapes equal, for instance out[:, 0]."
+    )
 
 
 def _mixes(function: Any, out: Tree, y: Tree) -> bool:

@@ -19,7 +19,7 @@ from pae_jax.training.optimizer import transformation
 from pae_jax.training.train_state import TrainState
 from pae_jax.trees import Tree
 
-_TRAIN, _EVAL = Cache(8), Cache(16)
+_TRAIN, _EVAL = Cache(8), Cache(32)
 
 
 class Carry(NamedTuple):

@@ -698,3 +698,44 @@ def test_as_flax_refuses_a_head_of_the_other_kind_and_an_unknown_task(net, nnx_n
             call(net, state, "none")
         with pytest.raises(pae.StructureError, match="Was the state made with this net"):
             call(nnx_net, state, "new")
+
+
+def test_what_the_trainer_does_to_its_arrays_after_commit_changes_no_bit(net, state, bits):
+    """A trainer in NumPy writes in place; a jitted one donates."""
+    variables = jax.tree.map(np.array, pae.task_variables(net, state, "new"))
+    committed = pae.freeze(pae.commit(net, state, "new", variables), "new")
+    before = bits(pae.predict(net, committed, "new", X))
+    for leaf in jax.tree.leaves(variables):
+        leaf += 1
+    assert bits(pae.predict(net, committed, "new", X)) == before
+    given = pae.task_variables(net, state, "new")
+    committed = pae.freeze(pae.commit(net, state, "new", given), "new")
+    for leaf in jax.tree.leaves(given):
+        leaf.delete()
+    assert bits(pae.predict(net, committed, "new", X)) == before
+
+
+class LinenAttention(nn.Module):
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(2, qkv_features=int(4 * self.width), out_features=4)(x, x).mean(axis=1)
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, width, rngs):
+        self.att = nnx.MultiHeadAttention(2, 4, int(4 * width), decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.att(x).mean(axis=1)
+
+
+@pytest.mark.parametrize("make", [lambda s: pae.linen(LinenAttention, s), lambda s: pae.nnx(NnxAttention, s)])
+def test_the_gate_finds_parameters_that_are_named_value(make):
+    net = make(np.zeros((1, 3, 4), np.float32))
+    state = pae.pack(net, pae.init(net, KEY(0)), "a", head=2, key=KEY(1))
+    module, variables = pae.as_flax(net, state, "a")
+    params = variables["params"] if net.kind == "linen" else nnx.state(module, nnx.Param)
+    shapes = jax.tree.map(jnp.shape, jax.tree.leaves(pae.gate(net, state, "a").init(params).open))
+    assert shapes.count((4, 2, 2)) == 3  # query, key and value

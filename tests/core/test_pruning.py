@@ -262,6 +262,8 @@ def test_a_cubic_schedule_follows_the_formula_of_zhu_and_gupta():
         {"initial": -0.1},
         {"begin": 101},
         {"begin": -1},
+        {"begin": 0.5},
+        {"end": 15.5},
         {"end": -1},
         {"every": 0},
         {"scope": "layer"},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import pae_jax as pae
 from pae_jax.trees import flatten, merge
@@ -105,3 +106,17 @@ def test_the_free_axes_of_inputs_are_checked_by_name():
 
 def test_the_text_of_a_net_is_one_line(net):
     assert repr(net) == "Net(Vector, linen, sample float32[1,4])"
+
+
+def test_two_heads_of_one_nnx_class_may_differ_in_the_shape_of_a_parameter_alone(net, empty, data):
+    class Head(nnx.Module):
+        def __init__(self, classes):
+            self.kernel = nnx.Param(jnp.zeros((6, classes)))
+
+        def __call__(self, features):
+            return features @ self.kernel[...]
+
+    state = pae.pack(net, empty, "a", head=Head(2), key=jax.random.key(1))
+    state = pae.freeze(pae.prune(state, "a", 0.5), "a")
+    state = pae.pack(net, state, "b", head=Head(3), key=jax.random.key(1))
+    assert [pae.predict(net, state, name, data[0]).shape for name in "ab"] == [(40, 2), (40, 3)]

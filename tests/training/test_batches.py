@@ -148,7 +148,7 @@ BAD_DATA = {
         (X, Y.astype(np.float32)),
         "labels must be integers for the default loss, found float32; pass loss=",
     ),
-    "text labels": ((X, np.array(list("ababab"))), "labels must be integers"),
+    "text labels": ((X, np.array(list("ababab"))), "data: y is an array of dtype <U1; convert it to numbers"),
     "scalar label": ((X, np.int64(0)), "data: y must have a leading batch axis, found a scalar"),
     "empty": ((X[:0], Y[:0]), "data: no examples; at least 1 is needed"),
     "fewer labels": ((X, Y[:5]), "data: x has 6 examples and y has 5; they must be equal"),
@@ -476,3 +476,116 @@ def test_an_augmentation_may_make_inputs_of_another_dtype_and_shape_but_they_mus
         quick_fit(fresh(net), "a", (x, y), net=net, augment=lambda key, x: x[:, :2])
     with pytest.raises(pae.StructureError, match=r"found float32\[24,3,2\], expected float32\[batch,2,2\]"):
         quick_fit(fresh(net), "a", (x, y), net=net, augment=lambda key, x: x.astype(jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def wide_net():
+    return pae.linen(lambda width: pae.models.MLP(width, (64,)), np.zeros((1, 256), np.float32))
+
+
+@pytest.fixture(scope="module")
+def wide_data():
+    x = np.random.default_rng(0).normal(size=(6, 512, 256)).astype(np.float32)
+    return x, (x[:, :, 0] > 0).astype(np.int32)
+
+
+def aligned(shape):
+    """A float32 array at an address that JAX takes without a copy."""
+    memory = np.empty(4 * int(np.prod(shape)) + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
+
+
+def test_a_source_may_write_each_batch_into_the_same_array(wide_net, wide_data, bits):
+    state, buffer = fresh(wide_net), aligned((512, 256))
+
+    def reused(epoch):
+        for x, y in zip(*wide_data, strict=True):
+            buffer[:] = x
+            yield buffer, y
+
+    def trained(data):
+        return bits(pae.fit(wide_net, state, "a", data, optimizer=SGD, epochs=1, key=jax.random.key(2))[0])
+
+    assert trained(reused) == trained(lambda epoch: zip(*wide_data, strict=True))
+
+
+def test_inputs_may_be_overwritten_once_predict_has_returned(wide_net, wide_data, bits):
+    state, buffer = fresh(wide_net), aligned((512, 256))
+    wanted = bits(pae.predict(wide_net, state, "a", wide_data[0][0]))
+    for _ in range(5):
+        buffer[:] = wide_data[0][0]
+        found = pae.predict(wide_net, state, "a", buffer)
+        buffer[:] = wide_data[0][1]
+        assert bits(found) == wanted
+
+
+def test_a_loss_of_ones_own_gets_bool_labels_as_they_are(net, data):
+    state, x = fresh(net, head=1), data[0]
+    target, valid = x[:, 0], np.arange(len(x)) < 20
+    masked = np.where(valid, target, 1000).astype(np.float32)
+
+    def loss(out, y):
+        return jnp.where(~y[1], 0.0, (out[:, 0] - y[0]) ** 2)
+
+    out = np.asarray(pae.predict(net, state, "a", x))[:, 0]
+    wanted = ((out - target)[valid] ** 2).sum() / len(x)
+    found = pae.evaluate(net, state, "a", (x, (masked, valid)), loss=loss)
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_masked_arrays_and_labels_that_are_no_numbers_are_refused(net, data):
+    state, (x, y) = fresh(net), data
+    for batch in ((np.ma.masked_invalid(x), y), (x, np.ma.masked_equal(y, 1))):
+        with pytest.raises(pae.DataError, match="masked array"):
+            pae.evaluate(net, state, "a", batch)
+    with pytest.raises(pae.DataError, match="masked array"):
+        pae.predict(net, state, "a", np.ma.masked_invalid(x))
+    for labels in (y.astype(str), y.astype(object)):
+        with pytest.raises(pae.DataError, match="convert it to numbers"):
+            pae.evaluate(net, state, "a", (x, labels), loss=lambda out, y: out[:, 0])
+
+
+def test_integers_that_the_samples_dtype_does_not_hold_are_refused():
+    net = pae.linen(lambda width: pae.models.MLP(width, (4,)), np.zeros((1, 4), np.uint8))
+    state = fresh(net)
+    small = pae.predict(net, state, "a", np.full((2, 4), 7, np.uint8))
+    np.testing.assert_array_equal(pae.predict(net, state, "a", np.full((2, 4), 7, np.int64)), small)
+    for wrong in (np.full((2, 4), 263, np.uint16), np.full((2, 4), -1)):
+        with pytest.raises(pae.DataError, match=r"but uint8 holds 0\.\.255"):
+            pae.predict(net, state, "a", wrong)
+        with pytest.raises(pae.DataError, match=r"but uint8 holds 0\.\.255"):
+            pae.evaluate(net, state, "a", (wrong, np.zeros(2, int)))
+
+
+def test_inputs_may_be_a_list_if_the_sample_is_one():
+    class Both(nn.Module):
+        width: float
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(jnp.concatenate(x, axis=-1))
+
+    net = pae.linen(Both, [np.zeros((1, 4), np.float32), np.zeros((1, 2), np.float32)])
+    x = [np.ones((8, 4), np.float32), np.ones((8, 2), np.float32)]
+    assert pae.evaluate(net, fresh(net), "a", (x, np.zeros(8, int)))["count"] == 8
+
+
+def test_tensors_of_another_library_are_read_as_arrays(net, data):
+    class Tensor:
+        """As PyTorch's: its dtype means nothing to NumPy."""
+
+        dtype = object()
+
+        def __init__(self, values):
+            self.values, self.shape = values, values.shape
+
+        def __len__(self):
+            return len(self.values)
+
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
+    state, (x, y) = fresh(net), data
+    np.testing.assert_array_equal(pae.predict(net, state, "a", Tensor(x)), pae.predict(net, state, "a", x))
+    assert pae.evaluate(net, state, "a", [(Tensor(x), Tensor(y))]) == pae.evaluate(net, state, "a", [(x, y)])

@@ -870,3 +870,16 @@ def test_an_interrupt_leaves_the_last_state_in_the_users_hands(net, second, quic
         raise caught.value
     on, history = quick_fit(state, "b", epochs=1, resume=history)
     assert len(history.rows) == 2 and changed(on, state)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: optax.contrib.schedule_free_sgd(0.5), lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5)]
+)
+def test_optimizers_that_move_other_weights_than_those_to_keep_are_refused_in_fit(packed, quick_fit, make):
+    with pytest.raises(pae.ArgumentError, match=r"State moves weights that are not those to keep.*pae.TrainState"):
+        quick_fit(packed, "a", optimizer=make())
+
+
+def test_a_fraction_is_no_pruning_schedule(packed, quick_fit):
+    with pytest.raises(pae.ArgumentError, match=r"pruning must be a schedule such as pae.CubicSchedule"):
+        quick_fit(packed, "a", pruning=0.5)

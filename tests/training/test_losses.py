@@ -183,3 +183,10 @@ def test_the_accuracy_is_that_of_the_default_loss_alone(packed, quick_fit):
     assert list(own.rows[0]) == ["epoch", "loss"]
     assert list(default.rows[0]) == ["epoch", "loss", "accuracy"]
     assert own.rows[-1]["loss"] == pytest.approx(default.rows[-1]["loss"], rel=1e-5)
+
+
+def test_a_metric_that_mixes_examples_is_refused(net, regression, data):
+    x, target = data[0], data[0][:, :1]
+    metrics = {"distance": lambda out, y: jnp.abs(out - y[:, 0]).mean(axis=-1)}
+    with jax.numpy_rank_promotion("allow"), pytest.raises(pae.DataError, match="metric 'distance' mixes examples"):
+        pae.evaluate(net, regression, "a", (x, target), loss=squared, metrics=metrics)

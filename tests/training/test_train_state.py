@@ -710,3 +710,49 @@ def test_a_train_state_is_a_tree_copies_and_pickles(net, state, assert_same):
     assert_same(train(again, 1).params, train(ts, 1).params)
     assert_same(again.commit(net, state), ts.commit(net, state))
     assert repr(ts).startswith("TrainState(step 1, ") and "\n" not in repr(ts)
+
+
+def test_a_step_that_donates_its_state_leaves_what_was_committed_from_it(net, state, bits):
+    donating = jax.jit(plain_step, donate_argnums=0)
+    ts = donating(pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1)), X[:8], Y[:8])
+    committed = pae.freeze(ts.commit(net, state), "new")
+    before = bits(pae.predict(net, committed, "new", X))
+    donating(ts, X[:8], Y[:8])
+    assert bits(pae.predict(net, committed, "new", X)) == before
+    pae.verify(committed)
+
+
+def test_gradients_and_parameters_of_other_shapes_are_refused_by_leaf(net, state):
+    ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
+    zeros = jax.tree.map(jnp.zeros_like, ts.params)
+    row = {**zeros, "shared": {**zeros["shared"], "Dense_0": {"kernel": jnp.ones((1, 8))}}}
+    examples = jax.tree.map(lambda leaf: jnp.zeros((3, *leaf.shape)), zeros)
+    with pytest.raises(pae.StructureError, match=r"grads, leaf 'shared/Dense_0/kernel'.*\[1,8\].*\[4,8\]"):
+        ts.apply_gradients(grads=row)
+    with pytest.raises(pae.StructureError, match="grads, leaf"):
+        ts.apply_gradients(grads=examples)
+    with pytest.raises(pae.StructureError, match=r"grads, leaf 'head/bias': found nothing"):
+        ts.apply_gradients(grads={"shared": zeros["shared"], "local": zeros["local"]})
+    with pytest.raises(pae.StructureError, match=r"params, leaf 'shared/Dense_0/kernel'"):
+        ts.replace(params=row)
+    with pytest.raises(pae.StructureError, match=r"params, leaf 'shared/Dense_0/kernel'"):
+        ts.apply_fn(row, X)
+
+
+def test_updates_that_apply_fn_did_not_return_are_refused(net, state):
+    ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
+    zeros = jax.tree.map(jnp.zeros_like, ts.params)
+    _, updates = ts.apply_fn(ts.params, X, train=True)
+    for wrong in (updates["backbone"], updates["backbone"]["batch_stats"]):
+        with pytest.raises(pae.ArgumentError, match="expected those that apply_fn returns"):
+            ts.apply_gradients(grads=zeros, updates=wrong)
+    batched = jax.tree.map(lambda leaf: leaf[None], updates)
+    with pytest.raises(pae.StructureError, match="updates of the backbone, leaf 'batch_stats"):
+        ts.apply_gradients(grads=zeros, updates=batched)
+
+
+def test_scores_of_picks_that_are_not_finite_are_not_committed(net, picked):
+    ts = pae.TrainState.create(net, picked, "new", tx=optax.sgd(0.1))
+    ts = ts.replace(params={**ts.params, "pick": jax.tree.map(lambda leaf: leaf * jnp.nan, ts.params["pick"])})
+    with pytest.raises(pae.StructureError, match=r"leaf 'pick/.*NaN or infinity"):
+        ts.commit(net, picked)
