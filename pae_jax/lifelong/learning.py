@@ -103,9 +103,13 @@ def _learn(session: Session, state: State, checked: CheckedTask, goal: float | N
         stuck = starting_width(net, state, recipe) is None
         wanted = None if stuck else own_goal(session, state, checked, wanted)
     value = None if wanted is None else float(wanted)
-    name = folder_name(f"{len(state.tasks) + 1:02d}-", task.name)
-    with open_learner(session, checked, state, value, upcoming, name, task.name) as learner:
+    with open_learner(session, checked, state, value, upcoming, _folder(state, task), task.name) as learner:
         return learner.learn()
+
+
+def _folder(state: State, task: Task) -> str:
+    """Return the name of the folder of a task that is learned next."""
+    return folder_name(f"{len(state.tasks) + 1:02d}-", task.name)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ def _learn_all(
     outcomes: list[Outcome] = []
     rows: dict[str, dict[str, float]] = {}
     measured: list[CheckedTask] = []
+    stages: dict[str, str] = {}
     title, recipe = session.recipe.name, session.recipe
     for number, task in enumerate(progress_bar(tasks, title=title, unit="task", shown=session.progress)):
         session = replace(session, recipe=recipe_for(state, recipe))
@@ -202,6 +207,7 @@ def _learn_all(
         checked = known_tasks.pop(task.name, None)
         if checked is None:
             checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
+        folder = _folder(state, task)
         outcome = _learn(session, state, checked, goal, upcoming)
         if run is not None and not number:  # nothing is written by a call that is refused
             run.record_order(given, positions)
@@ -211,14 +217,28 @@ def _learn_all(
             break
         if outcome.test is None or not task.metric.higher_is_better or not 0.0 <= outcome.test <= 1.0:
             continue
-        known = None if run is None else ask("accuracies", lambda run=run, task=task: run.accuracies(task.name))
-        if known is None:
-            known = {one.task.name: one.measured(state, "test") for one in measured}
-            known[task.name] = outcome.test
-            known = session.processes.agree("accuracies of all tasks", known)
-            if run is not None:
-                run.record_accuracies(task.name, known)
-        rows[task.name] = known
+        measured.append(checked)
+        if run is not None:
+            stages[task.name] = ask("stage", lambda run=run, folder=folder: run.stage_digest(folder))
+        rows[task.name] = _measured_after(session, outcome, measured, folder, stages)
         # Only the test data is needed from now on.
-        measured.append(replace(checked, task=replace(task, train=None, val=None), train=None, val=None))
+        measured[-1] = replace(checked, task=replace(task, train=None, val=None), train=None, val=None)
     return Stream(state, tuple(outcomes), matrix_of(rows))
+
+
+def _measured_after(
+    session: Session, outcome: Outcome, tasks: list[CheckedTask], folder: str, stages: dict[str, str]
+) -> dict[str, float]:
+    """Return the accuracy of each task after the newest was learned, from the run where it was measured there."""
+    run, known = session.run, {}
+    if run is not None:
+        known = session.processes.ask("accuracies", lambda: run.accuracies(folder, stages))
+    missing = [one for one in tasks if one.task.name not in known]
+    if not missing:
+        return known
+    found = {one.task.name: one.measured(outcome.state, "test") for one in missing if one is not tasks[-1]}
+    found = session.processes.agree("accuracies of all tasks", {**known, **found, outcome.task: outcome.test})
+    accuracies = {one.task.name: found[one.task.name] for one in tasks}
+    if run is not None:
+        run.record_accuracies(folder, accuracies, stages)
+    return accuracies

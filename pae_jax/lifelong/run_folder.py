@@ -21,9 +21,9 @@ from pae_jax.checks import check_choice, check_flag, check_number
 from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import StageRecord
-from pae_jax.lifelong.task_folder import TaskFolder
+from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.processes import Processes
-from pae_jax.storage import files
+from pae_jax.storage import files, read_metadata
 
 
 class Run:
@@ -97,28 +97,68 @@ class Run:
 
     @property
     def matrix(self) -> AccuracyMatrix | None:
-        """Accuracies after each task, None before the first."""
-        return matrix_of(self._accuracies())
+        """Accuracies after each task of the stream that was measured last, None before the first."""
+        rows = self._accuracies()
+        stages = rows[-1].get("stages") if rows else None
+        if stages is not None:
+            rows = [row for row in rows if row.get("stages", {"": ""}).items() <= stages.items()]
+        elif rows:
+            # A row of an earlier version does not say its folder; one of a task with several may be of any of them.
+            several = self._tasks_of_several_folders()
+            rows = [row for row in rows if "stages" not in row and folder_name("", row["after"]) not in several]
+        return matrix_of({row["after"]: row["accuracies"] for row in rows})
 
-    def accuracies(self, after: str) -> dict[str, float] | None:
-        """Return what `record_accuracies` was given after a task, None if nothing."""
-        return self._accuracies().get(after)
+    def stage_digest(self, folder: str) -> str:
+        """Return the digest of the frozen stage of a task's folder: of its arrays and of what it was made with."""
+        return read_metadata(self.path / folder / FROZEN)["sha256"]
 
-    def record_accuracies(self, after: str, accuracies: Mapping[str, float] | None) -> None:
+    def accuracies(self, folder: str, stages: Mapping[str, str]) -> dict[str, float]:
+        """Return which accuracies are known after a task was learned.
+
+        Args:
+          folder: of the task.
+          stages: `{task: digest of its frozen stage}` of the tasks to measure, this one last. What was measured of
+            another stage is not known.
+        """
+        row = next((row for row in self._accuracies() if row.get("folder") == folder), {"stages": {}})
+        known, after = row["stages"], list(stages)[-1]
+        if known.get(after) != stages[after]:
+            return {}
+        return {task: row["accuracies"][task] for task, digest in stages.items() if known.get(task) == digest}
+
+    def record_accuracies(self, folder: str, accuracies: Mapping[str, float], stages: Mapping[str, str]) -> None:
         """Enter a row of the accuracy matrix: the accuracy of each task so far, after the newest was learned.
 
-        None takes the row out.
+        Args:
+          folder: of the newest task.
+          accuracies: of each task, the newest last.
+          stages: of the same tasks, as for `accuracies`.
         """
         if not self._writes:
             return
+        after = list(accuracies)[-1]
+        row = {"after": after, "folder": folder, "accuracies": dict(accuracies), "stages": dict(stages)}
         with self.lock():
-            rows = self._accuracies()
-            if accuracies is None and after not in rows:
-                return
-            rows.pop(after, None)
-            rows |= {} if accuracies is None else {after: dict(accuracies)}
-            listed = [{"after": name, "accuracies": row} for name, row in rows.items()]
-            files.write_sealed(self.path / "accuracy.json", {"rows": listed})
+            self._write_accuracies([*self._accuracies_but(folder, after), row])
+
+    def _forget_accuracies(self, folder: str, task: str) -> None:
+        """Take out what was measured after the task of a folder was learned."""
+        if self._writes:
+            with self.lock():
+                kept = self._accuracies_but(folder, task)
+                if kept != self._accuracies():
+                    self._write_accuracies(kept)
+
+    def _accuracies_but(self, folder: str, task: str) -> list[dict[str, Any]]:
+        """Return the rows but that of a folder of a task, and but one that does not say which folder it is of."""
+        return [row for row in self._accuracies() if row["after"] != task or row.get("folder", folder) != folder]
+
+    def _write_accuracies(self, rows: list[dict[str, Any]]) -> None:
+        files.write_sealed(self.path / "accuracy.json", {"rows": rows})
+
+    def _tasks_of_several_folders(self) -> set[str]:
+        names = [re.sub(r"^\d+-", "", folder.path.name) for folder in self._folders()]
+        return {name for name in names if names.count(name) > 1}
 
     def require_order(self, tasks: list[str] | int, order: list[int]) -> bool:
         """Raise `CheckpointError` if a stream was begun in another order; return whether its order is recorded.
@@ -205,8 +245,8 @@ class Run:
             with self.lock():
                 number = 1 + max((one.number for one in self._folders()), default=0)
                 folder.begin(number)
-            # Whatever the run knows of this task comes from a folder that is no longer there.
-            self.record_accuracies(task, None)
+            # Whatever the run knows of this folder comes from one that is no longer there.
+            self._forget_accuracies(folder.path.name, task)
 
     def write_table(self) -> None:
         """Write `stages.csv` with a row for each stage that is on disk; nothing if it is as it should be."""
@@ -250,15 +290,19 @@ class Run:
         ]
         return sorted((folder for folder in folders if folder.number), key=lambda folder: folder.number)
 
-    def _accuracies(self) -> dict[str, dict[str, float]]:
+    def _accuracies(self) -> list[dict[str, Any]]:
+        """Return the rows of `accuracy.json`; those of an earlier version have neither a folder nor stages."""
         path = self.path / "accuracy.json"
         with files.disk_errors(f"cannot read {path}"):
             if not path.exists():
-                return {}
+                return []
         try:
-            return {row["after"]: dict(row["accuracies"]) for row in files.read_sealed(path)["rows"]}
+            rows = list(files.read_sealed(path)["rows"])
+            for row in rows:
+                _ = row["after"], dict(row["accuracies"]), dict(row["stages"] if "folder" in row else {})
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{error}. Remove {path}; what it held is measured again.") from error
+        return rows
 
     def _events(self) -> set[tuple[Any, ...]]:
         """Return which events were logged; lines that are damaged were not."""

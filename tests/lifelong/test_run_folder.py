@@ -189,8 +189,10 @@ def test_the_accuracies_are_those_of_the_matrix(finished):
     saved = json.loads((path / "accuracy.json").read_text())["rows"]
     assert [row["after"] for row in saved] == ["age", "gender: m/f"]
     np.testing.assert_array_equal(pae.Run(path).matrix.values, result.matrix.values)
-    assert saved[1]["accuracies"] == pae.Run(path).accuracies("gender: m/f")
-    assert pae.Run(path).accuracies("nothing") is None
+    stages = saved[1]["stages"]
+    assert saved[1]["accuracies"] == pae.Run(path).accuracies(GENDER, stages)
+    assert pae.Run(path).accuracies("nothing", stages) == {}
+    assert pae.Run(path).accuracies(GENDER, stages | {"gender: m/f": "another"}) == {}
     assert saved[0]["accuracies"]["age"] == result.outcomes[0].test
 
 
@@ -229,7 +231,7 @@ def test_a_keep_of_no_kind_and_a_file_for_a_folder_are_refused(tmp_path):
 def test_a_process_other_than_the_first_writes_nothing_into_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     run = pae.Run(tmp_path / "run")
-    run.record_accuracies("age", {"age": 0.9})
+    run.record_accuracies("01-age", {"age": 0.9}, {"age": "digest"})
     run.record_order(["age"], [0])
     run.log("started", {"folder": "01-age"})
     run.write_table()
@@ -271,6 +273,61 @@ def test_a_task_whose_folder_was_removed_is_learned_again_and_its_old_records_ar
         "age",
         "gender: m/f",
     ]
+
+
+SINGLE = Recipe("single", QUICK, 8, ladder=Ladder((0.6,), QUICK, ramp=0.0, choose="last"))
+A, B = make_task("a", 0), make_task("b", 1)
+
+
+@pytest.fixture(scope="module")
+def two_streams(learn_all, tmp_path_factory):
+    """A run in which the stream of b alone was learned after that of a and b, and what the latter ended with."""
+    path = tmp_path_factory.mktemp("runs") / "streams"
+    whole = learn_all(path, [A, B], SINGLE)
+    learn_all(path, [B], SINGLE)
+    return path, whole
+
+
+def test_a_replayed_stream_has_the_matrix_of_its_own_tasks(learn_all, two_streams, monkeypatch):
+    path, whole = two_streams
+    monkeypatch.setattr(CheckedTask, "measured", None)
+    np.testing.assert_array_equal(learn_all(path, [A, B], SINGLE).matrix.values, whole.matrix.values)
+
+
+def test_the_matrix_of_a_run_is_that_of_the_stream_measured_last(two_streams):
+    matrix = pae.Run(two_streams[0]).matrix
+    assert matrix.tasks == ("b",) and not np.isnan(matrix.values).any()
+
+
+def test_another_order_in_the_same_run_has_a_matrix_of_its_own(learn_all, two_streams, tmp_path):
+    path = shutil.copytree(two_streams[0], tmp_path / "copy")
+    turned = learn_all(path, [B, A], SINGLE)
+    alone = learn_all(tmp_path / "alone", [B, A], SINGLE)
+    np.testing.assert_array_equal(turned.matrix.values, alone.matrix.values)
+    np.testing.assert_array_equal(pae.Run(path).matrix.values, alone.matrix.values)
+    assert learn_all(path, [B], SINGLE).matrix.tasks == ("b",)
+
+
+def test_rows_without_a_stage_are_measured_again_and_shown_where_only_one_folder_can_be_meant(
+    learn_all, two_streams, tmp_path
+):
+    path = shutil.copytree(two_streams[0], tmp_path / "copy")
+    rows = files.read_sealed(path / "accuracy.json")["rows"]
+    old = [{"after": row["after"], "accuracies": row["accuracies"]} for row in rows]
+    files.write_sealed(path / "accuracy.json", {"rows": old})
+    assert pae.Run(path).matrix.tasks == ("a",)
+    again = learn_all(path, [A, B], SINGLE)
+    np.testing.assert_array_equal(again.matrix.values, two_streams[1].matrix.values)
+    np.testing.assert_array_equal(pae.Run(path).matrix.values, again.matrix.values)
+
+
+def test_a_task_with_other_test_data_is_measured_again_after_later_tasks(learn_all, two_streams, tmp_path):
+    path = shutil.copytree(two_streams[0], tmp_path / "copy")
+    shutil.rmtree(path / "01-a")
+    other = dataclasses.replace(A, test=(A.test[0], 1 - A.test[1]))
+    assert learn_all(path, [other, B], SINGLE).matrix.values[1, 0] == pytest.approx(
+        1 - two_streams[1].matrix.values[1, 0]
+    )
 
 
 def test_a_half_written_stage_is_cleaned_away(learn_all, finished, copied, state_facts):
@@ -557,9 +614,9 @@ def test_two_jobs_in_one_run_lose_no_row(net, tmp_path):
     assert [row["Task"] for row in table(tmp_path)] == [f"{t.name} (own network)" for t in TASKS for _ in range(2)]
     run = pae.Run(tmp_path)
     for job, name in zip([*jobs, run], "abc", strict=True):
-        job.record_accuracies(name, {name: 0.5})
+        job.record_accuracies(f"01-{name}", {name: 0.5}, {name: "digest"})
         job.log("note", {"folder": name})
-    assert [run.accuracies(name) for name in "abc"] == [{name: 0.5} for name in "abc"]
+    assert [run.accuracies(f"01-{name}", {name: "digest"}) for name in "abc"] == [{name: 0.5} for name in "abc"]
 
 
 def test_the_same_call_twice_at_once_says_who_is_at_it(tmp_path):
