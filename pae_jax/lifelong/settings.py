@@ -7,7 +7,7 @@ import hashlib
 import json
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def _loss(net: Net, width: float, checked: CheckedTask) -> str | None:
     task = checked.task
     if task.loss is None:
         return None
-    if checked.train is None or not isinstance(task.train, (tuple, dict, list)):
+    if checked.train is None or not isinstance(task.train, (tuple, Mapping, list)):
         return _code(task.loss)
     _, y = checked.train.arrays or next(checked.train.epoch(0, None))
     out = form(net, width, task.head, False).output(net.sample)
@@ -177,10 +177,17 @@ def checksums(data: Any) -> Any:
     if isinstance(data, list):
         whole = zlib.crc32(json.dumps([checksums(batch) for batch in data]).encode())
         return f"{len(data)} batches {whole:08x}"
-    if not isinstance(data, (tuple, dict)):
+    if not isinstance(data, (tuple, Mapping)):
         return None
-    arrays = jax.tree.map(_host, data, is_leaf=lambda part: isinstance(part, list))
+    arrays = jax.tree.map(_host, _as_dicts(data), is_leaf=lambda part: isinstance(part, list))
     return {name: f"{describe(leaf)} {_crc(leaf):08x}" for name, leaf in flatten(arrays).items()}
+
+
+def _as_dicts(data: Any) -> Any:
+    """Return data with a dict for each other mapping, such as an open `.npz` file, which is no tree to JAX."""
+    if isinstance(data, Mapping):
+        return {name: _as_dicts(part) for name, part in data.items()}
+    return tuple(map(_as_dicts, data)) if type(data) is tuple else data
 
 
 def _host(part: Any) -> Any:

@@ -425,6 +425,34 @@ def test_labels_in_a_list_data_in_a_dict_and_batches_in_a_list_are_known_by_thei
     assert checksums(lambda epoch: iter([(x, y)])) is None
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x, y: types.MappingProxyType({"image": x, "label": y}),
+        lambda x, y: (x, types.MappingProxyType({"age": y})),
+        lambda x, y: [types.MappingProxyType({"image": x, "label": y})],
+    ],
+    ids=["data", "labels", "a batch"],
+)
+def test_arrays_in_any_mapping_are_known_by_their_values(kind):
+    x, y = TASKS[0].train
+    assert checksums(kind(x, y)) == checksums(kind(x.copy(), y.copy())) != checksums(kind(x, 1 - y))
+
+
+def test_other_arrays_of_an_npz_file_are_refused(net, empty, tmp_path):
+    x, y = TASKS[0].train
+
+    def learn(labels):
+        np.savez(tmp_path / "data.npz", image=x, label=labels)
+        task = pae.Task("age", 2, train=np.load(tmp_path / "data.npz"))
+        return pae.learn(net, empty, task, Recipe("plain", QUICK, 8), key=KEY, run=pae.Run(tmp_path / "run"))
+
+    learn(y)
+    learn(y)
+    with pytest.raises(pae.CheckpointError, match=r"'data\.train\.label' was 'int32\[24\] "):
+        learn(1 - y)
+
+
 # TensorBoard
 
 
