@@ -12,6 +12,7 @@ import numpy as np
 from pae_jax.checks import check_choice, check_count, check_kind, check_number
 from pae_jax.core import SHARING, WEIGHT_INITS, Picking, WeightInit
 from pae_jax.errors import ArgumentError
+from pae_jax.lifelong.describing import described
 from pae_jax.lifelong.phases import Expansion, Ladder, Phase
 
 
@@ -119,12 +120,12 @@ class Recipe:
         return tuple(p for p in (self.head_first, self.train, rung, self.retrain, finetune) if p is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON data; functions are given by name."""
+        """Return the recipe as JSON data; functions and own objects by name, and a digest of what they hold."""
         return plain(self)
 
 
 def plain(value: Any) -> Any:
-    """Return settings as JSON data; values without a JSON form are given by the name of their type or function."""
+    """Return settings as JSON data; values without a JSON form by name, and a digest of what they hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}
@@ -136,4 +137,4 @@ def plain(value: Any) -> Any:
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    return described(value)

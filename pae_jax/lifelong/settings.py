@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import types
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from pae_jax.caching import program_text
 from pae_jax.core import State, find, integrity, names, spread_arrays
+from pae_jax.lifelong.describing import code_of, name_of, short
 from pae_jax.lifelong.recipes import plain
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
 from pae_jax.nets import Net, examples, heads
+from pae_jax.nets.nnx import variables_of
 from pae_jax.training import form
 from pae_jax.trees import describe, flatten, merge
 
@@ -38,11 +38,12 @@ def settings_of(
         "task": title,
         "environment": environment(key),
         "head": heads.describe(task.head),
+        "head values": checksums(variables_of(task.head)) if isinstance(task.head, nnx.Module) else None,
         "model": _model(net, state.width, task.head),
         "loss": _loss(net, state.width, checked),
         "loss_per": task.loss_per,
         "metric": {**plain(task.metric), "measure": _measure(task)},
-        "augment": _code(task.augment),
+        "augment": code_of(task.augment),
         "recipe": recipe.to_json(),
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "goal": goal,
@@ -89,79 +90,20 @@ def _loss(net: Net, width: float, checked: CheckedTask) -> str | None:
     if task.loss is None:
         return None
     if checked.train is None or not isinstance(task.train, (tuple, Mapping, list)):
-        return _code(task.loss)
+        return code_of(task.loss)
     _, y = checked.train.arrays or next(checked.train.epoch(0, None))
     out = form(net, width, task.head, False).output(net.sample)
     count = examples(net.sample)
     like = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
     try:
-        return f"{_name(task.loss)} {_short(*checked.objective.text(out, jax.tree.map(like, y)))}"
+        return f"{name_of(task.loss)} {short(*checked.objective.text(out, jax.tree.map(like, y)))}"
     except Exception:  # of other labels, which the augmentation makes
-        return _code(task.loss)
+        return code_of(task.loss)
 
 
 def _measure(task: Task) -> str | None:
     measure = task.metric.measure
-    return _code(measure.values if isinstance(measure, MeanOf) else measure)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _code(function: Any) -> str | None:
-    """Return the name of a function and a digest of its code and of the plain values it has captured."""
-    if function is None:
-        return None
-    return f"{_name(function)} {_short(*_known(function, 0))}"
-
-
-def _short(*words: str) -> str:
-    return hashlib.sha256("\n".join(words).encode(errors="backslashreplace")).hexdigest()[:16]
-
-
-def _known(value: Any, depth: int) -> Iterator[str]:
-    """Yield what can be known of a function, or of a value that it holds, in words that another process repeats."""
-    inner = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None) or getattr(value, "func", None)
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items())
-        yield from (value.__qualname__, *_code_words(value.__code__))
-    elif inner is not None:
-        held = (inner, *getattr(value, "args", ()), *sorted(getattr(value, "keywords", {}).items()))
-    elif isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
-        yield repr(value)
-        return
-    elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        yield integrity.array_digest(value)
-        return
-    elif isinstance(value, tuple):
-        held = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield type(value).__qualname__
-        held = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
-    else:
-        yield type(value).__qualname__
-        held = (type(value).__call__,) if callable(value) and not isinstance(value, type) else ()
-    if depth < 5:
-        for part in held:
-            yield from _known(part, depth + 1)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
-
-
-def _code_words(code: types.CodeType) -> Iterator[str]:
-    yield from (code.co_code.hex(), *code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _code_words(constant)
-        else:
-            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+    return code_of(measure.values if isinstance(measure, MeanOf) else measure)
 
 
 def _network(state: State) -> int:
