@@ -90,9 +90,9 @@ def image_folder(
     """Open class folders of images, `root/<split>/<class>/<image>`, for reading in any order.
 
     The first call checks every image by decoding it, and stores all encoded images in one ArrayRecord data set of
-    tensorflow-datasets under `cache_dir`; TensorFlow is not needed. Later calls use the stored data set if names, sizes
-    and modification times of all files are unchanged. Otherwise the images are stored in a new data set, and you may
-    delete the older one. Hidden files and folders are ignored.
+    tensorflow-datasets under `cache_dir`; TensorFlow is not needed. Later calls use the stored data set if the path of
+    `root` and names, sizes and modification times of all files are unchanged. Otherwise the images are stored in a new
+    data set, and you may delete the older one. Hidden files and folders are ignored.
 
     Images are always RGB: grey, palette and CMYK images are converted, transparency is dropped, and EXIF orientation is
     applied.
@@ -133,7 +133,8 @@ def image_folder(
     inside = None if follow_links else root
     folders = {split: _class_folders(root, split, inside) for split in splits}
     classes = _common_classes(folders)
-    digest = hashlib.sha256(repr((LAYOUT, splits, classes)).encode())
+    # Copies of a folder may hold other images of the same names, sizes and times.
+    digest = hashlib.sha256(repr((LAYOUT, str(root.resolve()), splits, classes)).encode())
     listing: dict[str, list[File]] = {}
     empty: list[str] = []
     for split in splits:

@@ -259,3 +259,15 @@ def test_two_jobs_may_store_one_folder_at_the_same_time(root, tmp_path):
     with ThreadPoolExecutor(3) as pool:
         first, *others = pool.map(job, range(3))
     assert len(first) == 12 and all(other == first for other in others)
+
+
+def test_folders_of_equal_names_sizes_and_times_have_their_own_images_in_one_cache(tmp_path):
+    found = {}
+    for root, shade in (("dark", 10), ("light", 200)):
+        file = tmp_path / root / "train" / "ann" / "1.bmp"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 6), (shade,) * 3).save(file)
+        os.utime(file, (0, 0))
+        source = image_folder(tmp_path / root, cache_dir=tmp_path / "cache", splits=("train",))["train"]
+        found[root] = source[0]["image"].max()
+    assert found == {"dark": 10, "light": 200}
