@@ -292,7 +292,9 @@ def hopeless(ladder: Ladder, goal: Goal, rows: Sequence[Mapping[str, float]]) ->
     """
     if ladder.gain is None or goal.value is None:
         return False
-    scores = [row.get("score", row.get("val_accuracy", math.nan)) for row in rows[max(math.ceil(ladder.ramp) - 1, 0) :]]
+    # The accuracy of an epoch says nothing of a goal of another metric.
+    other = "val_accuracy" if goal.metric.measure is None else "score"
+    scores = [row.get("score", row.get(other, math.nan)) for row in rows[max(math.ceil(ladder.ramp) - 1, 0) :]]
     if not scores or any(map(math.isnan, scores)):
         return False
     reachable = max(scores) + ladder.gain * (ladder.phase.epochs - len(rows))

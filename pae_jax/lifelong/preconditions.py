@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pae_jax.checks import check_count, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.lifelong.recipes import Recipe
+from pae_jax.lifelong.recipes import Ladder, Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
 from pae_jax.lifelong.task import CheckedTask, Task, require_task
 from pae_jax.nets import Net, heads
@@ -82,6 +82,8 @@ def check_task(
             f"task {task.name!r} has no validation data, but recipe {recipe.name!r} chooses by it: hold out a part of "
             "the training data as val="
         )
+    if goal is not None or recipe.goal is not None:
+        _check_gain(task, ladder)
     if task.train is None:
         raise ArgumentError(f"task {task.name!r} has no training data: train=None")
     checked = CheckedTask.of(net, task, state.width, recipe.batch_size)
@@ -105,6 +107,17 @@ def check_task(
             "steps; give data with a length, or constant rates and ramp=0"
         )
     return checked
+
+
+def _check_gain(task: Task, ladder: Ladder | None) -> None:
+    """Raise `ArgumentError` if no epoch of a rung would have the metric that the goal is compared with."""
+    if ladder is None or ladder.gain is None or task.metric.measure is None:
+        return
+    if ladder.phase.keep == "last":
+        raise ArgumentError(
+            f"Ladder(gain=) compares epochs with the goal of task {task.name!r}, but {task.metric.name!r} is not "
+            "measured in a Phase(keep='last'): use keep='best', or gain=None"
+        )
 
 
 def _check_accuracies(recipe: Recipe, goal: float | None) -> None:

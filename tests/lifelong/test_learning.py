@@ -323,6 +323,13 @@ def test_a_hopeless_rung_ends_early_and_counts_as_a_miss(learn, empty):
     assert all(len(record.history) == 3 for record in missed.records[1:])  # the best rung is wanted, goal or not
 
 
+def test_a_gain_of_a_metric_that_no_epoch_has_is_refused_before_anything_is_trained(learn, empty, no_training):
+    ladder = Ladder((0.2,), Phase(3, Rate(0.0), keep="last"), gain=0.02)
+    task = make_task(metric=measured_by(lambda state: 0.5))
+    with pytest.raises(pae.ArgumentError, match=r"task 'a', but 'made up' is not measured .*use keep='best'"):
+        learn(empty, task, dataclasses.replace(IDLE, goal="baseline", ladder=ladder))
+
+
 def test_a_rung_starts_from_the_rung_below_it_and_not_from_the_one_that_is_best(learn, empty):
     """Own weights fall from rung to rung although the first rung is the best."""
     ladder = Ladder((0.2, 0.4, 0.6), NONE, ramp=0.0, choose="best_accuracy")

@@ -404,6 +404,11 @@ def test_a_rung_is_hopeless_once_its_goal_is_further_away_than_the_epochs_left_t
     assert policy.hopeless(steps, policy.Goal(ERROR, 0.2), scores) == expected
 
 
+def test_the_accuracy_of_epochs_says_nothing_of_the_goal_of_another_metric():
+    steps = Ladder(TENTHS, Phase(4, Rate(0.1)), ramp=0.0, gain=0.1)
+    assert not policy.hopeless(steps, policy.Goal(pae.Metric("per cent", lambda *_: 90.0), 80.0), rows(0.9))
+
+
 def test_epochs_before_the_whole_fraction_is_freed_say_nothing_about_hope():
     steps = Ladder(TENTHS, Phase(4, Rate(0.1)), ramp=2.0, gain=0.1)
     goal = policy.Goal(pae.Metric(), 0.8)
