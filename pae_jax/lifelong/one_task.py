@@ -143,7 +143,7 @@ class Learner:
             status = Status.GOAL_MET if self.goal.met_by(chosen.record) else Status.GOAL_MISSED
         if self.folder is not None:
             known = None if test is None or math.isnan(test) else test
-            more = {"status": status.name, "test": known, "goal": self.goal.value}
+            more = {"status": status.name, "test": policy.as_json(known), "goal": self.goal.value}
             self.folder.freeze(self.records, replace(chosen.record, stage=FROZEN, history=()), state, more)
             return self._finished(self.folder, state)
         return self._outcome(status, state, chosen.record, test)
@@ -157,14 +157,14 @@ class Learner:
             assert stage is not None
             state = stage.network()
             integrity.verify(state)
-        return self._outcome(Status[facts["status"]], state, record, facts["test"])
+        return self._outcome(Status[facts["status"]], state, record, policy.from_json(facts["test"]))
 
     def _kept(self, folder: TaskFolder, facts: dict[str, Any]) -> StageRecord:
         """Finish the work of a process that was killed after freezing; return the record of the frozen stage."""
         record = StageRecord.from_json(facts["record"])
         self.records = folder.records()[:-1]
         ended = facts["status"].lower().replace("_", " ")
-        self._log(ended, {"value": record.value, "test": facts["test"]}, once=True)
+        self._log(ended, {"value": record.value, "test": policy.from_json(facts["test"])}, once=True)
         if self.run is not None:
             self.run.write_table()
             folder.tidy(self.run.keep)

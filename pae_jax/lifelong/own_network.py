@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import replace
 
@@ -119,7 +120,7 @@ def own_goal(session: Session, state: State, checked: CheckedTask, kind: str) ->
     """Return the metric of a task's own network, or mean or best of those that start from earlier tasks."""
     task = checked.task
     if kind == "baseline" or not state.tasks:
-        return _own_value(session, task, None, checked=checked)
+        return _finite(_own_value(session, task, None, checked=checked), task)
     earlier = names(state)
     order = jax.random.permutation(session.stage_key(task.name, kind), len(earlier)).tolist()
     values = []
@@ -128,4 +129,16 @@ def own_goal(session: Session, state: State, checked: CheckedTask, kind: str) ->
             session.net, task_variables(session.net, state, name)["backbone"], find(state, name).width
         )
         values.append(_own_value(session, task, start, name, checked))
-    return sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score)
+    return _finite(
+        sum(values) / len(values) if kind == "finetune_average" else max(values, key=task.metric.score), task
+    )
+
+
+def _finite(value: float, task: Task) -> float:
+    """Return a goal, or raise `ArgumentError` if no network can be compared with it."""
+    if not math.isfinite(value):
+        raise ArgumentError(
+            f"the goal of task {task.name!r} is its own network's {task.metric.name!r}, which is {value}: give goal= a "
+            "number, or measure on validation data with a finite value"
+        )
+    return value

@@ -80,25 +80,33 @@ class StageRecord:
     dead: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON data; numbers that are not finite are null."""
+        """Return the record as JSON data; numbers that are not finite are the texts "inf", "-inf" and "nan"."""
         fields = dataclasses.asdict(self)
-        rows = [{name: _or_null(value) for name, value in row.items()} for row in self.history]
-        values = {"value": _or_null(self.value), "train_value": _or_null(self.train_value)}
+        rows = [{name: as_json(value) for name, value in row.items()} for row in self.history]
+        values = {"value": as_json(self.value), "train_value": as_json(self.train_value)}
         return {**fields, **values, "history": rows}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> StageRecord:
-        """Undo `to_json`; null becomes NaN."""
+        """Undo `to_json`; null becomes NaN, which earlier versions wrote so."""
         rows = tuple({name: _or_nan(value) for name, value in row.items()} for row in fields["history"])
-        return cls(**{**fields, "value": _or_nan(fields["value"]), "history": rows})
+        values = {"value": _or_nan(fields["value"]), "train_value": from_json(fields["train_value"])}
+        return cls(**{**fields, **values, "history": rows})
 
 
-def _or_null(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
+def as_json(value: float | None) -> float | str | None:
+    """Return a number as JSON, which has none that is not finite."""
+    return value if value is None or math.isfinite(value) else str(float(value))
 
 
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+def from_json(value: float | str | None) -> float | None:
+    """Undo `as_json`."""
+    return float(value) if isinstance(value, str) else value
+
+
+def _or_nan(value: float | str | None) -> float:
+    found = from_json(value)
+    return math.nan if found is None else found
 
 
 @dataclass

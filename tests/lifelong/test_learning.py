@@ -854,6 +854,14 @@ def test_the_own_network_is_trained_once_and_then_only_its_record_is_read(net, t
     assert pae.baseline(net, task, recipe, key=KEY, run=pae.Run(tmp_path), progress=False) == value
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a run"])
+def test_an_own_network_whose_metric_is_not_finite_is_no_goal(learn, empty, tmp_path, value, kept):
+    recipe, task = dataclasses.replace(IDLE, goal="baseline"), make_task(metric=measured_by(lambda state: value, "auc"))
+    with pytest.raises(pae.ArgumentError, match=f"goal of task 'a' is its own network's 'auc', which is {value}"):
+        learn(empty, task, recipe, run=pae.Run(tmp_path) if kept else None)
+
+
 def test_an_own_network_that_diverges_is_an_error(net):
     recipe = dataclasses.replace(PLAIN, train=DIVERGING)
     with pytest.raises(pae.ArgumentError, match="own network of task 'a' diverged"):

@@ -340,8 +340,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
 
 
 def same(one, other):
-    """Equal, where all that is not finite has become NaN."""
-    return one == other or (other is not None and math.isnan(other) and not math.isfinite(one))
+    return one == other or (one is not None and other is not None and math.isnan(one) and math.isnan(other))
 
 
 @given(numbers, st.none() | numbers, st.dictionaries(st.sampled_from(["loss", "val_loss"]), numbers))
@@ -349,10 +348,16 @@ def test_a_record_comes_back_from_strict_json(value, train_value, row):
     record = StageRecord("a", "s", 1.5, 0.25, value, train_value, 3, 2, 5, 7, history=(row,), metric="error")
     text = json.dumps(record.to_json(), allow_nan=False)
     found = StageRecord.from_json(json.loads(text))
-    assert same(value, found.value)
+    assert same(value, found.value) and same(train_value, found.train_value)
     assert all(same(row[name], found.history[0][name]) for name in row)
     kept = dataclasses.replace(record, value=0.0, train_value=None, history=())
     assert dataclasses.replace(found, value=0.0, train_value=None, history=()) == kept
+
+
+def test_null_in_a_record_of_an_earlier_version_is_read_as_nan():
+    fields = records(0.5)[0].to_json() | {"value": None, "history": [{"loss": None}]}
+    found = StageRecord.from_json(fields)
+    assert math.isnan(found.value) and math.isnan(found.history[0]["loss"]) and found.train_value is None
 
 
 def test_a_record_of_before_the_metric_had_a_name_is_an_accuracy():

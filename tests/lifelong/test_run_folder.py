@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import types
@@ -178,13 +179,28 @@ def test_events_are_lines_of_json_that_say_what_happened_to_which_task(finished)
     assert mine[1]["value"] == result.outcomes[0].records[0].value
 
 
-def test_what_is_not_finite_is_null_in_events_and_records(net, empty, tmp_path):
+def test_what_is_not_finite_is_null_in_events_and_a_text_in_records(net, empty, tmp_path):
     task = make_task("age", val=None, test=None)
     plain = Recipe("plain", QUICK, 8)
     pae.learn(net, empty, task, plain, key=KEY, run=pae.Run(tmp_path), progress=False)
     finished = [event for event in lines(tmp_path / "events.jsonl") if event["event"] != "started"]
     assert [event["value"] for event in finished] == [None, None]
-    assert '"value": null' in (tmp_path / "01-age" / "records.json").read_text()
+    assert '"value": "nan"' in (tmp_path / "01-age" / "records.json").read_text()
+
+
+def test_a_run_of_an_infinite_metric_goes_on_to_the_same_rung(net, empty, tmp_path):
+    task = make_task("age", metric=pae.Metric("psnr", lambda *_: math.inf))
+    recipe = dataclasses.replace(RECIPE, goal=30.0)
+
+    def learn():
+        return pae.learn(net, empty, task, recipe, key=KEY, run=pae.Run(tmp_path, keep="all"))
+
+    whole = learn()
+    for stage in ("frozen", "0-pruned-0.600"):
+        shutil.rmtree(tmp_path / "01-age" / stage)
+    resumed = learn()
+    assert (resumed.status, resumed.pruned, resumed.test) == (whole.status, whole.pruned, math.inf)
+    assert resumed.records == whole.records == learn().records
 
 
 def test_the_accuracies_are_those_of_the_matrix(finished):
