@@ -68,6 +68,11 @@ def check_task(
             f"recipe {recipe.name!r} picks among older weights, and the network has none; give the random ones to "
             "a task: state = pae.freeze(pae.pack(net, state, 'random', head=None, key=key), 'random')"
         )
+    if recipe.local_init == "backbone" and state.local is None and (state.tasks or not first):
+        raise ArgumentError(
+            f"recipe {recipe.name!r} starts task {task.name!r} from the backbone's local variables, which this "
+            "network, from a bundle or an old stage, lacks: use Recipe(local_init=) 'fresh', 'newest' or 'nearest'"
+        )
     heads.layout(net, heads.check_head(task.head), state.width)
     if goal is not None:
         check_number("goal", goal)

@@ -39,8 +39,8 @@ class Recipe:
       picks_from: what the picks start from, with sharing "picked": "own", as `picking` says, or "nearest", the weights
         of the older task whose features classify the training data best by nearest neighbours, if better than chance.
       local_init: as for `pae.pack`: "backbone", "fresh", "newest", the task learned last, or "nearest", the older task
-        that `picks_from` describes, and the backbone's if none is better than chance. The first task of a network
-        starts from the backbone's.
+        that `picks_from` describes, and the backbone's if none is better than chance, or fresh ones in a network of a
+        bundle, which does not hold the backbone's. The first task of a network starts from the backbone's.
       weight_init: as for `pae.pack`.
       budget: as for `pae.pack`: share of all weights that a task may own; None allows all free ones. With a budget, a
         ladder prunes shares of the task's own weights, `Ladder(of="own")`.

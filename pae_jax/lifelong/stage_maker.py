@@ -231,4 +231,4 @@ def _local_init(state: State, recipe: Recipe, nearest: str | None) -> str:
     named = {"newest": newest(state), "nearest": nearest}
     if not state.tasks or recipe.local_init not in named:
         return recipe.local_init if state.tasks else "backbone"
-    return named[recipe.local_init] or "backbone"
+    return named[recipe.local_init] or ("fresh" if state.local is None else "backbone")

@@ -56,6 +56,16 @@ def run_json(run):
     return call
 
 
+def test_apply_keeps_the_local_variables_of_a_base_of_equal_width(run, net, frozen, folder, tmp_path):
+    after = pae.freeze(pae.pack(net, frozen, "b", head=2, key=jax.random.key(1)), "b")
+    pae.write_bundle(tmp_path / "delta", net, after, after="a")
+    status, _, err = run("apply", folder / "1-a", tmp_path / "delta", tmp_path / "stage")
+    assert (status, err) == (0, "")
+    applied = pae.load(net, tmp_path / "stage")
+    assert jax.tree.all(jax.tree.map(np.array_equal, applied.local, frozen.local))
+    pae.pack(net, applied, "c", head=2, key=jax.random.key(2), allow_empty=True)
+
+
 def test_report_tells_of_stages_bundles_and_deltas_without_their_net(run, run_json, folder, state):
     status, out, _ = run("report", folder / "2-b")
     assert status == 0

@@ -330,6 +330,36 @@ def test_a_gain_of_a_metric_that_no_epoch_has_is_refused_before_anything_is_trai
         learn(empty, task, dataclasses.replace(IDLE, goal="baseline", ladder=ladder))
 
 
+@pytest.fixture
+def from_bundle(net, frozen, tmp_path):
+    """A network as a bundle gives it, without the backbone's local variables."""
+    pae.write_bundle(tmp_path / "bundle", net, frozen)
+    return pae.read_bundle(net, tmp_path / "bundle")
+
+
+def test_a_network_of_a_bundle_without_local_variables_is_refused_before_anything_is_trained(
+    learn, learn_all, from_bundle, tmp_path, no_training
+):
+    recipe, run = dataclasses.replace(IDLE, goal="baseline"), pae.Run(tmp_path / "run")
+    for call in (
+        lambda: learn(from_bundle, make_task("b"), recipe, run=run),
+        lambda: learn_all([make_task("b")], recipe, state=from_bundle, run=run),
+    ):
+        with pytest.raises(
+            pae.ArgumentError, match=r"starts task 'b' from .*local_init=\) 'fresh', 'newest' or 'nearest'"
+        ):
+            call()
+    assert files_below(run.path) == {}
+
+
+@pytest.mark.parametrize("source", ["fresh", "newest", "nearest"])
+def test_a_network_of_a_bundle_learns_on_from_other_local_variables(learn, from_bundle, source):
+    rng = np.random.default_rng(0)
+    noise = (np.zeros((32, 4), np.float32), rng.integers(0, 2, 32))  # no older task is near
+    outcome = learn(from_bundle, make_task("b", train=noise), dataclasses.replace(PLAIN, local_init=source))
+    assert outcome.state.tasks["b"].frozen
+
+
 def test_a_rung_starts_from_the_rung_below_it_and_not_from_the_one_that_is_best(learn, empty):
     """Own weights fall from rung to rung although the first rung is the best."""
     ladder = Ladder((0.2, 0.4, 0.6), NONE, ramp=0.0, choose="best_accuracy")

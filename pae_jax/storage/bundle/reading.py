@@ -52,8 +52,7 @@ def read_bundle(
     _require_model(net, header, specs)
     state = assembling.assembled(header, tensors, onto, specs)
     layout = layout_of(shared=state.shared, local=net.layout(state.width).local)
-    local = onto.local if onto is not None and onto.width == state.width else None
-    state = state.replace(layout=layout, local=local)
+    state = state.replace(layout=layout, local=_backbone_local(state, onto))
     integrity.check(state, net)
     return placement.place(net, state, sharding)
 
@@ -69,8 +68,16 @@ def open_bundle(path: Path, onto: State | None = None) -> tuple[dict[str, Any], 
     heads = {entry["name"]: entry["head"] for entry in header["tasks"]}
     specs = {name: assembling.Placeholder.of(head) if isinstance(head, str) else head for name, head in heads.items()}
     state = assembling.assembled(header, tensors, onto, specs)
+    local = _backbone_local(state, onto)
+    if local is not None:
+        state = state.replace(layout=layout_of(shared=state.shared, local=local), local=local)
     integrity.check(state)
     return header, state
+
+
+def _backbone_local(state: State, onto: State | None) -> Any:
+    """Return the backbone's local variables of the state that a delta adds to; None where they have another width."""
+    return onto.local if onto is not None and onto.width == state.width else None
 
 
 @assembling.understood()
