@@ -9,6 +9,7 @@ time.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -140,7 +141,8 @@ def _mapped(net: Net, positions: dict[_Kind, list[int]], specs: list[Any]) -> Pr
         logits: dict[int, jax.Array] = {}
         for (kind, members), (shared, owner, stacked, own_heads) in zip(positions.items(), operands, strict=True):
             features = features_of(kind, shared, owner, stacked, x)
-            for position, head, one in zip(members, own_heads, features, strict=True):
+            for index, (position, head) in enumerate(zip(members, own_heads, strict=True)):
+                one = jax.tree.map(operator.itemgetter(index), features)
                 logits[position] = outputs[position].apply(head, one, False, None)[0]
         return _with_scores([logits[position] for position in range(len(specs))])
 
@@ -153,6 +155,8 @@ def _kind(entry: TaskState) -> _Kind:
 
 
 def _with_scores(logits: list[jax.Array]) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    if not all(isinstance(one, jax.Array) and one.ndim > 1 for one in logits):
+        return logits, {}  # `infer_task` refuses outputs without a softmax
     scores = [_scores(one) for one in logits]
     return logits, {by: jnp.stack([score[by] for score in scores], axis=1) for by in scores[0]}
 

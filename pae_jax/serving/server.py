@@ -137,7 +137,7 @@ class Server:
 
     def predict_mixed(
         self, tasks: Sequence[str | int] | np.ndarray | jax.Array, x: Tree, *, batch_size: int | None = None
-    ) -> list[np.ndarray]:
+    ) -> list[Any]:
         """Return for each example the logits of its given task.
 
         Examples of one task run together, padded to a power of two, so that few batch shapes compile. Examples do not
@@ -149,7 +149,8 @@ class Server:
           batch_size: largest number of examples run together; None sets no limit.
 
         Returns:
-          One array (..., classes of the example's own head) per example, in the order of the examples.
+          One array (..., classes of the example's own head) per example, or the tree that the head returns, in the
+          order of the examples.
 
         Raises:
           ArgumentError: `tasks` is a single name.
@@ -172,7 +173,10 @@ class Server:
             for piece, size in inputs.powers_of_two(own, limit):
                 running.append((piece, apply(*operands, inputs.filled_rows(host, piece, size))))
         # All chunks are dispatched before waiting for the first result.
-        found = {row: one for piece, out in running for row, one in zip(piece, np.asarray(out), strict=False)}
+        found: dict[int, Any] = {}
+        for piece, out in running:
+            on_host = jax.tree.map(np.asarray, out)
+            found |= {row: jax.tree.map(lambda leaf, i=i: leaf[i], on_host) for i, row in enumerate(piece)}
         return [found[row] for row in range(count)]
 
     def infer_task(

@@ -255,6 +255,12 @@ def test_the_total_is_the_sum_of_the_tasks_and_every_list_of_counts_gives_what_i
 # Stored
 
 
+def test_a_stage_below_the_home_folder_has_its_bytes(empty, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pae.save("~/stage", empty)
+    assert sizes.stored("~/stage").total == sizes.stored(tmp_path / "stage").total > 0
+
+
 def test_stored_is_every_byte_of_the_stage_on_disk(third, tmp_path):
     pae.save(tmp_path / "stage", third, {"note": "x" * 1000})
     found = sizes.stored(tmp_path / "stage")

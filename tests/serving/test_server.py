@@ -190,6 +190,42 @@ def test_a_mixed_batch_takes_names_or_ids(grown, server, data, assert_same):
         assert_same(server.predict_mixed(tasks, data[0][:8]), expected)
 
 
+class Two(nn.Module):
+    """A head of two outputs, of which one is a number per example."""
+
+    @nn.compact
+    def __call__(self, features):
+        return {"kind": nn.Dense(3)(features["deep"]), "size": nn.Dense(1)(features["deep"])[:, 0]}
+
+
+class Parts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return {"flat": x, "deep": nn.relu(nn.Dense(8)(x))}
+
+
+@pytest.fixture(scope="module")
+def of_trees():
+    """Net, and two tasks, whose features and outputs are dicts."""
+    net = pae.linen(lambda width: Parts(), jnp.zeros((1, 4)))
+    state = pae.init(net, jax.random.key(0))
+    for name in "ab":
+        state = pae.pack(net, state, name, head=Two(), key=jax.random.key(len(state.tasks)), allow_empty=True)
+        state = pae.freeze(pae.prune(state, name, 0.5), name)
+    return net, state
+
+
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_outputs_that_are_trees_are_served_together_and_in_mixed_batches(of_trees, data, resident):
+    net, state = of_trees
+    x, server = data[0][:3], Server(net, state, resident=resident)
+    wanted = {name: pae.predict(net, state, name, x) for name in "ab"}
+    jax.tree.map(closely, server.predict_all(x, together=True), wanted)
+    mixed = server.predict_mixed(["a", "b", "a"], x)
+    for row, name in enumerate("aba"):
+        jax.tree.map(lambda found, whole, row=row: closely(found, whole[row]), mixed[row], wanted[name])
+
+
 def test_neighbours_in_a_mixed_batch_have_no_influence_on_an_example(server, data, assert_same):
     choice, x = list("abacab"), data[0][:6]
     expected = server.predict_mixed(choice, x)
