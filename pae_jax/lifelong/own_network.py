@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
-from pae_jax.core import State, find, from_variables, init, names, task_variables
+from pae_jax.core import State, check_state, find, from_variables, init, names, task_variables
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.opening import open_learner, open_session
 from pae_jax.lifelong.phases import WEIGHTS
@@ -52,7 +52,7 @@ def baseline(
       The metric on validation data.
 
     Raises:
-      ArgumentError: no validation data, or a training that met values that are not finite.
+      ArgumentError: no validation data, a start that has tasks, or a training that met values that are not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -66,7 +66,18 @@ def baseline(
     """
     with open_session(net, recipe, key, run, devices, progress) as session:
         require_task(task)
+        if start is not None:
+            _require_no_tasks(start)
         return _own_value(session, task, start)
+
+
+def _require_no_tasks(start: State) -> None:
+    check_state(start)
+    if start.tasks:
+        raise ArgumentError(
+            f"start has the tasks {', '.join(names(start))}, and a task's own network has none: pass the backbone "
+            "of one, pae.from_variables(net, pae.task_variables(net, start, name)['backbone'], start.tasks[name].width)"
+        )
 
 
 def _own_value(

@@ -13,7 +13,7 @@ import numpy as np
 
 from pae_jax.checks import check_choice, check_kind, check_name
 from pae_jax.core import State, find
-from pae_jax.errors import ArgumentError
+from pae_jax.errors import ArgumentError, kind_of
 from pae_jax.nets import Net, examples
 from pae_jax.training import (
     EVAL_BATCH,
@@ -122,7 +122,7 @@ class Task:
       loss_per: as for `pae.fit`.
 
     Raises:
-      ArgumentError: an empty name.
+      ArgumentError: an empty name, or a metric that is no `Metric`.
 
     Example:
       >>> import numpy as np, pae_jax as pae
@@ -143,6 +143,8 @@ class Task:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        wanted = f"of type Metric for task {self.name!r}: pae.Metric(name, measure)"
+        check_kind("metric", self.metric, Metric, wanted)
         check_choice("loss_per", self.loss_per, ("example", "batch"))
 
 
@@ -151,6 +153,20 @@ def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
         raise TypeError("labels without an accuracy; give the task a Metric with `measure`, such as MeanOf")
     return accuracy(logits, labels)
+
+
+def _one_number(task: Task, value: Any) -> float:
+    """Return what a measure has returned as a float, or raise `ArgumentError`."""
+    try:
+        if np.size(value) == 1 and not isinstance(value, str):
+            return float(np.asarray(value).item())
+    except (TypeError, ValueError):
+        pass
+    found = f"shape {np.shape(value)}" if isinstance(value, (np.ndarray, jax.Array)) else kind_of(value)
+    raise ArgumentError(
+        f"the measure of metric {task.metric.name!r} of task {task.name!r} must return one number, found {found}; "
+        "return for example float(values.mean())"
+    )
 
 
 def require_task(task: Any, name: str = "task") -> None:
@@ -218,4 +234,4 @@ class CheckedTask:
         if task.metric.measure is None:
             return evaluate_state(self.net, state, task.name, data, self.objective)["accuracy"]
         known = data if isinstance(task.metric.measure, MeanOf) else getattr(task, part)
-        return float(task.metric.measure(self.net, state, task.name, known))
+        return _one_number(task, task.metric.measure(self.net, state, task.name, known))

@@ -148,6 +148,23 @@ def test_evaluate_needs_the_net_and_measures_stages_bundles_and_deltas(run, run_
 
 
 @pytest.mark.usefixtures("builder")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_data_is_one_line_and_ends_with_2(run, folder, tmp_path, save, damage):
+    path = tmp_path / "data.npz"
+    save(path, x=np.random.default_rng(0).normal(size=(64, 4)), y=np.arange(64))
+    whole = path.read_bytes()
+    middle = len(whole) // 4
+    path.write_bytes(
+        whole[: len(whole) // 2] if damage == "cut" else whole[:middle] + b"\x55" * 99 + whole[middle + 99 :]
+    )
+    words = ("evaluate", folder / "1-a", "--task", "a", "--data", path, "--net", "builder:plain")
+    status, out, err = run(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "data.npz is no .npz file with arrays x and y" in err
+
+
+@pytest.mark.usefixtures("builder")
 def test_errors_are_one_line_and_end_with_2(run, folder, tmp_path):
     (tmp_path / "text").write_text("no archive")
     rest = ("--task", "a", "--data", folder / "data.npz")

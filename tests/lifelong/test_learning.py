@@ -892,6 +892,13 @@ def test_an_own_network_whose_metric_is_not_finite_is_no_goal(learn, empty, tmp_
         learn(empty, task, recipe, run=pae.Run(tmp_path) if kept else None)
 
 
+def test_an_own_network_does_not_start_from_one_with_tasks(net, frozen, no_training):
+    with pytest.raises(pae.ArgumentError, match="start has the tasks a, and a task's own network has none: pass "):
+        pae.baseline(net, make_task("b"), PLAIN, key=KEY, start=frozen)
+    start = pae.from_variables(net, pae.task_variables(net, frozen, "a")["backbone"], frozen.tasks["a"].width)
+    assert not start.tasks
+
+
 def test_an_own_network_that_diverges_is_an_error(net):
     recipe = dataclasses.replace(PLAIN, train=DIVERGING)
     with pytest.raises(pae.ArgumentError, match="own network of task 'a' diverged"):

@@ -51,6 +51,22 @@ def test_a_measure_gets_what_it_needs_and_its_value_becomes_a_float(net, frozen,
     assert seen[0][-1] is data
 
 
+@pytest.mark.parametrize("value", [0.25, np.float32(0.25), np.array([0.25]), jnp.asarray(0.25), True, 1])
+def test_a_measure_may_return_a_number_of_any_kind(frozen, data, checked, value):
+    assert checked(val=data, metric=pae.Metric("mine", lambda *_: value)).measured(frozen, "val") == value
+
+
+@pytest.mark.parametrize("value", [None, np.zeros(3), [0.1, 0.2], "0.5", {}, [[1], [2, 3]]])
+def test_a_measure_that_returns_no_number_is_refused_by_the_name_of_its_task(frozen, data, checked, value):
+    with pytest.raises(pae.ArgumentError, match="metric 'mine' of task 'a' must return one number, found "):
+        checked(val=data, metric=pae.Metric("mine", lambda *_: value)).measured(frozen, "val")
+
+
+def test_the_name_of_a_metric_is_no_metric():
+    with pytest.raises(pae.ArgumentError, match="metric must be of type Metric for task 'a'"):
+        pae.Task("a", 2, None, metric="f1")
+
+
 def test_labels_without_an_accuracy_need_a_metric(frozen, data, checked):
     """Arrays are looked at before anything is learned, batches when they are measured."""
     ages = (data[0], data[1].astype(np.float32))
