@@ -25,7 +25,7 @@ def code_of(function: Any) -> str | None:
     """Return the name of a function and a digest of its code and of the plain values it has captured."""
     if function is None:
         return None
-    return f"{name_of(function)} {short(*_known(function, 0, True))}"
+    return f"{name_of(function)} {short(*_known(function, 0, set()))}"
 
 
 def described(value: Any) -> str:
@@ -33,7 +33,7 @@ def described(value: Any) -> str:
     name = name_of(value)
     if isinstance(value, type) or (hasattr(value, "__qualname__") and "<" not in name):
         return name
-    words = list(_known(value, 0, True))
+    words = list(_known(value, 0, set()))
     return name if words == [name] else f"{name} {short(*words)}"
 
 
@@ -42,28 +42,30 @@ def short(*words: str) -> str:
     return hashlib.sha256("\n".join(words).encode(errors="backslashreplace")).hexdigest()[:16]
 
 
-def _known(value: Any, depth: int, settings: bool = False) -> Iterator[str]:
+def _known(value: Any, depth: int, seen: set[int] | None) -> Iterator[str]:
     """Yield what can be known of a function, or of a value that it holds, in words that another process repeats.
 
     Args:
       value: the function or value.
       depth: how deep it lies in what is described.
-      settings: whether the attributes of objects are settings; those of an object that a function has captured may be
-        anything, such as results so far.
+      seen: objects whose attributes were described already. None where attributes are no settings: those of an object
+        that a function has captured may be anything, such as results so far.
     """
     inner = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None) or getattr(value, "func", None)
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         held = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items())
         yield from (value.__qualname__, *_code_words(value.__code__))
-        settings = False
+        seen = None
     elif inner is not None:
         held = (inner, *getattr(value, "args", ()), *sorted(getattr(value, "keywords", {}).items()))
-        own = settings and "func" in getattr(value, "__dict__", {})
+        own = seen is not None and "func" in getattr(value, "__dict__", {})
         held = (*held, *(part for part in _attributes(value) if part[0] != "func")) if own else held
     elif isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
         yield repr(value)
         return
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        held = value.tolist()
     elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
         yield _digest(value)
         return
@@ -71,7 +73,7 @@ def _known(value: Any, depth: int, settings: bool = False) -> Iterator[str]:
         held = value
     elif isinstance(value, (list, dict, set, frozenset)):
         yield from (type(value).__qualname__, *([str(len(value))] if value else []))
-        parts = ["\n".join(_known(part, depth + 1, settings)) for part in _parts(value)] if depth < 5 else []
+        parts = ["\n".join(_known(part, depth + 1, seen)) for part in _parts(value)] if depth < 5 else []
         # Sets have no order that another process repeats, and that of a dict is no setting.
         yield from parts if isinstance(value, list) else sorted(parts)
         return
@@ -81,10 +83,12 @@ def _known(value: Any, depth: int, settings: bool = False) -> Iterator[str]:
     else:
         yield type(value).__qualname__
         held = (type(value).__call__,) if callable(value) and not isinstance(value, type) else ()
-        held = (*held, *_attributes(value)) if settings else held
+        if seen is not None and id(value) not in seen:
+            seen.add(id(value))
+            held = (*held, *_attributes(value))
     if depth < 5:
         for part in held:
-            yield from _known(part, depth + 1, settings)
+            yield from _known(part, depth + 1, seen)
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -38,7 +38,8 @@ class Run:
     `records.json` and `stages.csv` are made again from them where they are lost or damaged. Text is UTF-8 everywhere.
     A run that would go on with another model, loss, data, recipe, key, network before the task, or with other numeric
     settings of JAX is refused by name. Not known are: batches of a factory or an iterator, what a measure reads from
-    outside, XLA's flags, the machine, and the versions of packages other than JAX.
+    outside, the attributes of an object that a function has captured, XLA's flags, the machine, and the versions of
+    packages other than JAX.
 
     Several jobs may use one run for different tasks. Of two that learn the same task, the second waits.
 

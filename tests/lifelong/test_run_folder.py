@@ -650,10 +650,19 @@ def test_an_own_optimizer_is_known_by_what_it_holds():
 
     assert text(Momentum(0.5)) == text(Momentum(0.5)) != text(Momentum(0.9))
     assert text(Momentum(0.5, parts=[Momentum(0.1)])) != text(Momentum(0.5, parts=[Momentum(0.2)]))
+    assert text(Momentum(0.5, names=np.array(["a", None]))) != text(Momentum(0.5, names=np.array(["b", None])))
     assert text(Momentum(0.5, key=jax.random.key(1))) != text(Momentum(0.5, key=jax.random.key(2)))
     assert text(Momentum(0.5, func=1)) != text(Momentum(0.9, func=1))
     assert text(Momentum(0.5)).startswith("Momentum ")
     assert text(Unset()) == "Unset"
+
+
+def test_an_own_optimizer_that_holds_itself_is_described_in_the_end():
+    one = Momentum(0.5)
+    vars(one).update({name: [one, {name: one}] for name in "abcdefghij"})
+    before = plain(Phase(1, Rate(0.1), one))["optimizer"]
+    one.momentum = 0.9
+    assert plain(Phase(1, Rate(0.1), one))["optimizer"] != before
 
 
 def weighted(weights):
