@@ -18,7 +18,6 @@ from pae_jax.lifelong.recipes import plain
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
 from pae_jax.nets import Net, examples, heads
-from pae_jax.nets.nnx import variables_of
 from pae_jax.training import form
 from pae_jax.trees import describe, flatten, merge
 
@@ -38,7 +37,7 @@ def settings_of(
         "task": title,
         "environment": environment(key),
         "head": heads.describe(task.head),
-        "head values": checksums(variables_of(task.head)) if isinstance(task.head, nnx.Module) else None,
+        "head values": _head_values(task.head, key),
         "model": _model(net, state.width, task.head),
         "loss": _loss(net, state.width, checked),
         "loss_per": task.loss_per,
@@ -66,6 +65,11 @@ def environment(key: jax.Array) -> dict[str, Any]:
     found = {name: getattr(jax.config, name, None) for name in names}
     plainly = {name: value if isinstance(value, bool) else str(value) for name, value in found.items()}
     return {**plainly, "key": str(jax.random.key_impl(key))}
+
+
+def _head_values(head: Any, key: jax.Array) -> dict[str, str] | None:
+    """Return the checksums of what an NNX head starts from, its present values; other heads are drawn by the key."""
+    return checksums(heads.program(head).init(key, None)) if isinstance(head, nnx.Module) else None
 
 
 def _model(net: Net, width: float, head: Any) -> str:
