@@ -69,7 +69,10 @@ def require_range(leaf: Any, dtype: Any, name: str) -> None:
 
 
 def checked(net: Net, x: Tree) -> tuple[Tree, int]:
-    """Return inputs as arrays of the sample's dtypes, and the number of examples; raise unless they fit the sample."""
+    """Return inputs as arrays of the sample's dtypes, and the number of examples; raise unless they fit the sample.
+
+    NumPy arrays that fit are the caller's own: see `owned`.
+    """
     leaves, structure = jax.tree.flatten(x)
     wanted, expected = jax.tree.flatten(net.sample)
     count = len(leaves[0]) if leaves and np.ndim(leaves[0]) else 0
@@ -81,9 +84,11 @@ def checked(net: Net, x: Tree) -> tuple[Tree, int]:
         for leaf, w in zip(leaves, wanted, strict=True)
     )
     if exact:
-        return owned(x), count
+        return x, count
     x = read_inputs(net, x)
-    return as_inputs(net, owned(x)), examples({"x": x})
+    # A conversion copies; arrays of the right dtype would be taken as they are.
+    own = jax.tree.map(lambda leaf, wanted: owned(leaf) if leaf.dtype == wanted.dtype else leaf, x, net.sample)
+    return as_inputs(net, own), examples({"x": x})
 
 
 def examples(parts: Tree) -> int:
@@ -130,7 +135,7 @@ def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree],
     x, count = checked(net, x)
     size = None if batch_size is None else check_count("batch_size", batch_size, 1)
     if size is None or count == 0:
-        return apply(x)
+        return apply(owned(x))
     host = jax.tree.map(np.asarray, x)
     pieces = [apply(filled_rows(host, range(start, min(start + size, count)), size)) for start in range(0, count, size)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *pieces)
