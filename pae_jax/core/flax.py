@@ -312,7 +312,7 @@ def accept(
         before = {"backbone": merge(handed, entry.local), "head": entry.head} | ({"pick": entry.pick} if picks else {})
         _require_finite(task, {"backbone": backbone, "head": head, **picks}, before)
         # The trainer may write to its arrays, or donate them.
-        local, head, owner, pick = jax.tree.map(jnp.copy, (local, head, owner, pick))
+        local, head, owner, pick = jax.tree.map(_copied, (local, head, owner, pick))
     taken = ownership.taken(state.shared, shown, shared, _closed(owner, shown), ownership.id_array(entry.id))
     entry = entry.replace(local=local, head=head, pick=entry.pick if pick is None else pick)
     return state.replace(shared=taken, owner=owner, tasks={**state.tasks, task: entry})
@@ -340,6 +340,13 @@ def _beside(new: Any, old: Any) -> Any:
     if len(old.sharding.device_set) > 1:
         return jax.device_put(new, old.sharding)
     return jnp.asarray(np.asarray(new)) if len(new.sharding.device_set) > 1 and new.is_fully_addressable else new
+
+
+def _copied(leaf: Any) -> jax.Array:
+    """Return a copy with the same sharding."""
+    copy = jnp.copy(leaf)
+    same = not isinstance(leaf, jax.Array) or copy.sharding == leaf.sharding
+    return copy if same else jax.device_put(copy, leaf.sharding)
 
 
 def _require_unchanged(task: str, entry: TaskState, shared: Tree, handed: Tree, owner: Tree) -> None:
