@@ -15,7 +15,7 @@ from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import Net, apply_backbone, batch_size, check_net, trial_inputs
-from pae_jax.trees import PARAMS, Tree, merge, path_name
+from pae_jax.trees import PARAMS, Tree, merge
 from pae_jax.widening import WidenMaps, widen_maps
 
 
@@ -77,7 +77,7 @@ def expand(
     wide = state.replace(
         shared=shared,
         owner=placement.widened(maps, {PARAMS: state.owner})[PARAMS],
-        local=None if state.local is None else placement.widened(maps, state.local, drawn_local),
+        local=None if state.local is None else placement.local_widened(maps, state.local, drawn_local),
         width=width,
         growth=(*state.growth, Growth(state.width, width, maps)),
         layout=layout_of(shared=shared, local=drawn_local),
@@ -140,7 +140,7 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
         held = ownership.select(everything, old.shared)
         local = ownership.local_at_width(old, entry, local)
     wide_held = placement.widened(maps, {PARAMS: held})[PARAMS]
-    wide_local = placement.widened(maps, local, _zero_leaves(fresh, maps))
+    wide_local = placement.local_widened(maps, local, fresh)
     x = trial_inputs(net, batch_size(net.sample))[0]
     # The check compares sums of different order; the rounding of reduced-precision products on accelerators would
     # exceed its tolerance.
@@ -173,13 +173,3 @@ def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:
             f"largest feature of {scale:.3g}, {limit:.3g} is allowed. The state is unchanged. Please report the model; "
             "accept_changes does not skip this check."
         )
-
-
-def _zero_leaves(local: Tree, maps: WidenMaps) -> Tree:
-    """Put 0 in the leaves whose new entries must be 0 by the analysis: weights, and the leaves it names."""
-
-    def leaf(path: Any, value: jax.Array) -> jax.Array:
-        zero = value.ndim >= 2 or path_name(path) in maps.zero_leaves
-        return jnp.zeros_like(value) if zero else value
-
-    return jax.tree_util.tree_map_with_path(leaf, local)

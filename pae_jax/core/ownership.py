@@ -119,14 +119,14 @@ def at_width(state: State, tree: Tree, width: float) -> Tree:
 
 
 def local_at_width(state: State, entry: TaskState, fresh: Tree) -> Tree:
-    """Return a task's local variables at the state's width, with new entries taken from fresh ones."""
+    """Return a task's local variables at the state's width, with new entries from fresh ones."""
     growths = [growth for growth in state.growth if growth.narrow >= entry.width]
     if not growths:
         return entry.local
     whole = growths[0].maps
     for growth in growths[1:]:
         whole = whole.then(growth.maps)
-    return placement.widened(whole, entry.local, fresh)
+    return placement.local_widened(whole, entry.local, fresh)
 
 
 def _widened(state: State, entry: TaskState, tree: Tree | None) -> Tree | None:

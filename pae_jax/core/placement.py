@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -144,6 +145,18 @@ def widened(maps: WidenMaps, tree: Tree, into: Tree | None = None) -> Tree:
         return maps.put(tree, into)
     targets = _targets(tree, jax.eval_shape(maps.put, abstract(tree), abstract(into)))
     return _back(_widened(maps, tuple(map(_automatic, targets)), automatic(tree), automatic(into)), targets)
+
+
+def local_widened(maps: WidenMaps, local: Tree, fresh: Tree) -> Tree:
+    """Return local variables in the wide network; new entries are fresh, or 0 where the analysis assumes 0."""
+
+    def leaf(path: Any, value: jax.Array) -> jax.Array:
+        name, floating = path_name(path), jnp.issubdtype(value.dtype, jnp.inexact)
+        weight = value.ndim >= 2 and name.startswith(f"{PARAMS}/")
+        zero = weight or name in maps.zero_leaves or (value.ndim and not floating)
+        return jnp.zeros_like(value) if zero else value
+
+    return widened(maps, local, jax.tree_util.tree_map_with_path(leaf, fresh))
 
 
 def gathered(maps: tuple[WidenMaps, ...], tree: Tree) -> Tree:

@@ -280,3 +280,62 @@ def test_each_new_width_traces_the_train_step_once_more():
         if width:
             state = pae.expand(net, state, width=width, key=key)
     assert traced == [1.0, 2.0]
+
+
+class FixedProjection(nn.Module):
+    """Random numbers in a collection of its own, which no task trains."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.sigmoid(nn.Dense(int(8 * self.width))(x))
+        matrix = self.variable("buffers", "matrix", lambda: jax.random.normal(jax.random.key(7), (h.shape[-1], 5)))
+        return h @ matrix.value
+
+
+class UnitLength(nn.Module):
+    """New features would count in the length."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(int(8 * self.width), bias_init=nn.initializers.ones)(x))
+        return nn.Dense(5)(h / (1e-6 + jnp.linalg.norm(h, axis=-1, keepdims=True)))
+
+
+class Switches(nn.Module):
+    """Which features are summed is a variable."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.sigmoid(nn.Dense(int(8 * self.width))(x))
+        on = self.variable("switches", "on", lambda: jnp.ones((1, h.shape[-1]), bool))
+        return nn.Dense(3)(x) + jnp.where(on.value, h, 0).sum(axis=-1, keepdims=True)
+
+
+class LocalKernel(nn.Module):
+    """The last kernel is kept for each task."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="own")(nn.sigmoid(nn.Dense(int(8 * self.width))(x)))
+
+
+@pytest.mark.parametrize("local_init", ["backbone", "old"])
+@pytest.mark.parametrize("module", [FixedProjection, UnitLength, Switches, LocalKernel])
+def test_the_next_task_starts_as_the_old_function_whatever_local_variables_grow(module, local_init):
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    packable = lambda path, leaf: leaf.ndim == 2 and not path.startswith("own")  # noqa: E731
+    net = pae.linen(module, x, packable=packable)
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "old", head=None, key=jax.random.key(1))
+    state = pae.freeze(state, "old")
+    old = np.asarray(pae.features(net, state, "old", x))
+    state = pae.expand(net, state, width=2.0, key=jax.random.key(2))
+    state = pae.pack(net, state, "new", head=None, key=jax.random.key(3), local_init=local_init)
+    np.testing.assert_allclose(pae.features(net, state, "new", x), old, atol=1e-5 * np.abs(old).max())
