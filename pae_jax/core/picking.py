@@ -27,8 +27,9 @@ class Picking:
       threshold: score above which a weight is picked, at least 0.
       initial: score that every older weight starts from; above the threshold, so that initially all are picked.
       ternary: whether a weight may also be used with its sign flipped.
-      top: share in (0, 1] of each leaf's weights to pick, those with the highest scores, instead of a threshold; scores
-        are then initialised uniformly in `+-1 / sqrt(fan in)`. None picks by the threshold.
+      top: share in (0, 1] of each leaf's weights, at least one, to mark by the highest scores, instead of a threshold;
+        of the marked ones those are picked that the task may pick. Scores are then initialised uniformly in
+        `+-1 / sqrt(fan in)`. None picks by the threshold.
       own: whether the task also picks among the weights it owns, so that scores and weights may be trained together;
         `freeze` then releases its own weights that are not picked. Goes without ternary.
 
@@ -90,7 +91,7 @@ class Picking:
         if not jnp.issubdtype(pick.dtype, jnp.floating):
             return pick
         if self.top is not None:
-            return _highest(pick, round(self.top * pick.size))
+            return _highest(pick, max(1, round(self.top * pick.size)))
         positive = pick > self.threshold
         return positive.astype(jnp.int8) - (pick < 0).astype(jnp.int8) if self.ternary else positive
 

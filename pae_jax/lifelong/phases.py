@@ -148,9 +148,10 @@ class Ladder:
       search: "climb" tries the rungs in order; "bisect" finds the largest one that reaches the goal by binary search,
         so that of n rungs about log2(n + 1) are trained. It assumes that a larger fraction never makes the goal easier.
         A task that misses its goal unpruned always climbs.
-      missed: the choice for a task that misses its goal unpruned at the largest width: "best" takes the largest
-        fraction that still reaches the goal, else the best metric; "largest" the largest fraction tried (CPG's
-        scripts).
+      missed: the choice for a task that misses its goal unpruned at the largest width; the ladder then ends with the
+        first rung of at least `1 - round(1 / (upcoming + 1), 1)`, and the last task of a stream has none. "best" takes
+        the largest fraction that still reaches the goal, else the best metric; "largest" the largest fraction tried
+        (CPG's scripts).
       prune_last: whether the last task of a stream is pruned.
       gain: largest gain of the metric per epoch to be expected, at least 0. A rung ends early, as a miss, once its goal
         is further away from its best epoch than the epochs left times this. Epochs before its whole fraction is freed

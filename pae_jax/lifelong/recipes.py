@@ -153,8 +153,10 @@ def cpg() -> Recipe:
     Returns:
       A recipe whose goal is the accuracy of the task's own network. The epoch with the best validation metric is kept,
       in training, in every rung (at its full fraction) and for the task's own network; the authors' code keeps the last
-      one. Retraining starts from the learned picks; in the authors' code, with everything picked. Other goals of the
-      authors: `goal="finetune_average"`, `"finetune_best"`.
+      one. Retraining starts from the learned picks; in the authors' code, with everything picked. The training accuracy
+      is that of the kept epoch, in evaluation on images as they are; in the authors' code, the running mean of the last
+      epoch, in training on augmented ones, which is usually lower. Other goals of the authors:
+      `goal="finetune_average"`, `"finetune_best"`.
 
     Example:
       >>> import pae_jax as pae
@@ -229,8 +231,9 @@ def supsup(share: float = 0.16) -> Recipe:
     Returns:
       A recipe for a network whose first task holds the random weights: `pae.pack(..., head=None)`, then `pae.freeze`.
       The authors draw weights of one magnitude and random sign, give larger leaves smaller shares, and mask a random
-      head. Here the model draws the weights, shares are equal, and a task also trains its head, biases and norms. The
-      epoch with the best validation metric is kept; the authors keep the last.
+      head; they rank scores by magnitude. Here the model draws the weights, shares are equal, scores are ranked by
+      value, and a task also trains its head, biases and norms. The epoch with the best validation metric is kept; the
+      authors keep the last.
 
     Example:
       >>> import pae_jax as pae
@@ -271,7 +274,9 @@ def wsn(share: float = 0.5) -> Recipe:
     Returns:
       A recipe. The authors rank scores by magnitude, carry them from task to task, and leave unused weights as trained;
       here scores are ranked by value and drawn anew, and unused weights are released and drawn anew. Progress is that
-      of the validation metric; in the authors' code, of the validation loss.
+      of the validation metric, each halving goes back to the best epoch, and ten halvings in a row end the training; in
+      the authors' code progress is that of the validation loss, training goes on from the present weights, and the
+      tenth halving in all ends it.
 
     Example:
       >>> import pae_jax as pae

@@ -101,7 +101,9 @@ class StageMaker:
             end = max(1, round(ladder.ramp * self.steps))
             schedule = CubicSchedule(final=rung, end=end, initial=before, every=ladder.every, scope=ladder.scope)
         else:
-            state = pruning.prune(state, self.task.name, rung, scope=ladder.scope, of=ladder.of)
+            # What the rung below has freed is no longer the task's own.
+            share = (rung - before) / (1 - before) if ladder.of == "own" else rung
+            state = pruning.prune(state, self.task.name, share, scope=ladder.scope, of=ladder.of)
         floored = ladder.floor is not None
         return self._measured(label, state, [(ladder.phase, key)], below.record, schedule, floored, ends)
 

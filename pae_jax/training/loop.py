@@ -157,6 +157,8 @@ class _Loop:
         of = self.of
         if of.val is not None:
             self.evaluation.check(of.val)
+        if of.pruning is not None and of.epochs and of.pruning.end <= self.begun:
+            self._release(of.pruning.final)  # the update at the end always happens
         total = None if of.data.steps is None else of.data.steps * of.epochs
         with progress_bar(title=f"fit {of.task}", unit="step", shown=of.progress, total=total) as bar:
             for epoch in range(self.first, self.first + (0 if self.choice.ended else of.epochs)):

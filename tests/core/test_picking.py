@@ -147,6 +147,7 @@ def test_with_a_top_share_the_highest_scores_of_each_leaf_are_picked_and_no_othe
     """Highest, not largest in magnitude; ties by index; half a weight goes to the even number."""
     rule = pae.Picking(top=0.5)
     assert rule.signs({"w": jnp.asarray([-0.9, 0.1, 0.3, -0.2])})["w"].tolist() == [False, True, True, False]
+    assert pae.Picking(top=0.1).signs({"w": jnp.arange(4.0)})["w"].tolist() == [False, False, False, True]
     assert rule.signs({"w": jnp.zeros(5)})["w"].tolist() == [False, False, False, True, True]
     scores = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(7, 9)), jnp.float32)}
     for share in (0.1, 0.37, 1.0):

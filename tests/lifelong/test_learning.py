@@ -780,6 +780,12 @@ def test_with_a_budget_a_task_owns_its_share_and_learns(net, learn, frozen, by):
     assert (owners[0] != owners[1]).any()
 
 
+def test_the_rungs_of_a_ladder_of_own_weights_are_shares_of_what_the_task_owned_at_first(learn, frozen):
+    ladder = Ladder((0.5, 0.75), PLAIN.train, ramp=0.0, of="own", choose="last")
+    state = learn(frozen, make_task("b"), dataclasses.replace(PLAIN, budget=0.4, ladder=ladder)).state
+    assert sum(int((owner == 2).sum()) for _, owner in uses(state, "b")) == 8
+
+
 def test_the_gradient_of_a_budget_is_that_of_the_tasks_own_first_batches(net, learn, frozen, monkeypatch):
     found = []
     scores_of = stage_maker.scores_of

@@ -472,6 +472,14 @@ def test_a_schedule_that_ends_after_the_last_step_is_refused_before_training(pac
     assert traces == []
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_schedule_that_ends_before_the_first_step_prunes_before_it(packed, quick_fit, resumed):
+    state, history = quick_fit(packed, "a", epochs=2) if resumed else (packed, None)
+    schedule = pae.CubicSchedule(final=0.5, end=10 if resumed else 0)
+    after, _ = quick_fit(state, "a", epochs=1, resume=history, pruning=schedule)
+    assert pae.free_fraction(after) == 0.5
+
+
 def test_a_schedule_that_a_stream_does_not_reach_is_refused_after_its_first_epoch(packed, quick_fit, data, state_facts):
     """How long a stream is shows in its first epoch; its length, if it has one, may count something else."""
 
