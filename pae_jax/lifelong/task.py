@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_choice, check_kind, check_name
@@ -24,6 +23,7 @@ from pae_jax.training import (
     LossPer,
     Objective,
     accuracy,
+    class_numbers,
     evaluate_state,
     feed,
     form,
@@ -150,7 +150,7 @@ class Task:
 
 def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
     """Return the accuracy of each example, or raise if labels are not class numbers, as a custom loss allows."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
+    if not class_numbers(labels) or labels.shape != logits.shape[:-1]:
         raise TypeError("labels without an accuracy; give the task a Metric with `measure`, such as MeanOf")
     return accuracy(logits, labels)
 
@@ -221,7 +221,7 @@ class CheckedTask:
             return
         x, y = part.arrays
         output = self.form(width)._replace(augment=None).output(x) if self.task.augment is None else None
-        classes = hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.integer)
+        classes = class_numbers(y)
         if not classes or (output is not None and y.shape[1:] != getattr(output, "shape", (0,))[1:-1]):
             raise ArgumentError(
                 f"task {self.task.name!r} has labels without an accuracy; give it a Metric with `measure`, such as "

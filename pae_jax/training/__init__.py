@@ -20,6 +20,7 @@ from pae_jax.training.losses import Loss as Loss
 from pae_jax.training.losses import LossPer as LossPer
 from pae_jax.training.losses import Objective as Objective
 from pae_jax.training.losses import accuracy as accuracy
+from pae_jax.training.losses import class_numbers as class_numbers
 from pae_jax.training.losses import objective as objective
 from pae_jax.training.losses import softmax_cross_entropy as softmax_cross_entropy
 from pae_jax.training.nearest import nearest_of as nearest_of

@@ -31,9 +31,15 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels.astype(jnp.int32))
 
 
+def class_numbers(labels: Any) -> bool:
+    """Return whether labels may be class numbers: integers or bool."""
+    return hasattr(labels, "dtype") and any(jnp.issubdtype(labels.dtype, kind) for kind in (jnp.integer, jnp.bool_))
+
+
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the share of correct predictions of each example, float32 (batch,)."""
-    right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    numbers = labels.astype(jnp.int32) if labels.dtype == jnp.bool_ else labels
+    right = (jnp.argmax(logits, axis=-1) == numbers).astype(jnp.float32)
     return right.reshape(right.shape[0], -1).mean(axis=1)
 
 

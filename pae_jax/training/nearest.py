@@ -14,6 +14,7 @@ from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net, as_inputs, check_net
 from pae_jax.training.batches import Augment, Feed, Form, feed, form
 from pae_jax.training.evaluation import EVAL_BATCH, features
+from pae_jax.training.losses import class_numbers
 
 _EXAMPLES, _NEIGHBOURS = 2000, 200
 _REFERENCE = 0.66
@@ -88,7 +89,7 @@ def nearest_of(state: State, form: Form, data: Feed, key: jax.Array) -> str | No
 
 def require_classes(labels: Any) -> None:
     """Raise `ArgumentError` unless labels are one class number per example."""
-    if getattr(labels, "ndim", 0) != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if getattr(labels, "ndim", 0) != 1 or not class_numbers(labels):
         raise ArgumentError(
             "nearest_task, picks_from= and local_init='nearest' need one class number per example; take another value, "
             "or choose the task yourself"
