@@ -308,9 +308,8 @@ def accept(
         pick = pick if pick is None else jax.tree.map(_beside, pick, entry.pick)
         backbone = merge(shared, local)
         _require_unchanged(task, entry, shared, handed, _closed(owner, shown))
-        picks = {} if pick is None else {"pick": pick}
-        before = {"backbone": merge(handed, entry.local), "head": entry.head} | ({"pick": entry.pick} if picks else {})
-        _require_finite(task, {"backbone": backbone, "head": head, **picks}, before)
+        before = {"backbone": merge(handed, entry.local), "head": entry.head, "pick": entry.pick or {}}
+        _require_finite(task, {"backbone": backbone, "head": head, "pick": pick or {}}, before)
         # The trainer may write to its arrays, or donate them.
         local, head, owner, pick = jax.tree.map(_copied, (local, head, owner, pick))
     taken = ownership.taken(state.shared, shown, shared, _closed(owner, shown), ownership.id_array(entry.id))

@@ -17,7 +17,7 @@ from pae_jax.core.state import State, TaskState
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net
 from pae_jax.trees import PARAMS, Tree, abstract, describe, flatten, path_name
-from pae_jax.widening import WidenMaps
+from pae_jax.widening import WidenMaps, starts_at_zero
 
 Placement = Callable[[str, Any], Sharding] | tuple[Mesh, Mapping[str, Any]]
 """Where the arrays of a network lie, as `init`, `load` and `read_bundle` take it.
@@ -151,10 +151,8 @@ def local_widened(maps: WidenMaps, local: Tree, fresh: Tree) -> Tree:
     """Return local variables in the wide network; new entries are fresh, or 0 where the analysis assumes 0."""
 
     def leaf(path: Any, value: jax.Array) -> jax.Array:
-        name, floating = path_name(path), jnp.issubdtype(value.dtype, jnp.inexact)
-        weight = value.ndim >= 2 and name.startswith(f"{PARAMS}/")
-        zero = weight or name in maps.zero_leaves or (value.ndim and not floating)
-        return jnp.zeros_like(value) if zero else value
+        name = path_name(path)
+        return jnp.zeros_like(value) if name in maps.zero_leaves or starts_at_zero(name, value) else value
 
     return widened(maps, local, jax.tree_util.tree_map_with_path(leaf, fresh))
 

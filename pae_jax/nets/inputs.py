@@ -26,12 +26,11 @@ def read_inputs(net: Net, x: Tree) -> Tree:
     hint = "(x, y) is one pair of arrays; several batches go into a list." if isinstance(x, tuple) else ""
     try:
         leaves = [_array(leaf) for leaf in structure.flatten_up_to(x)]
-    except DataError:
-        raise
     except ValueError as error:
         raise StructureError("input", "", sketch(x), sketch(net.sample), hint) from error
     arrays = jax.tree.unflatten(structure, leaves)
     for (path, wanted), leaf in zip(flatten(net.sample).items(), leaves, strict=True):
+        refuse_masks(leaf, f"input {path}".strip())
         found, expected = describe(leaf), _batch_of(net, path, wanted)
         shape = list(leaf.shape)
         for axis in net.free_axes.get(path, ()):
@@ -100,7 +99,6 @@ def examples(parts: Tree) -> int:
 
 
 def _array(leaf: Any) -> Any:
-    refuse_masks(leaf, "input")
     if isinstance(leaf, (np.ndarray, jax.Array, jax.ShapeDtypeStruct)):
         return leaf
     if isinstance(leaf, (dict, tuple)):

@@ -191,11 +191,10 @@ def _checked(form: Form, batch: Any, where: str) -> Batch:
     x, y = _pair(form.net, batch, where)
     x = x if isinstance(form.net.sample, list) else _stacked(x)
     y = _labels(y, form.classes, f"{where}: y")
-    native = lambda leaf: _native(leaf, f"{where}: x")  # noqa: E731
     if form.augment is None:
-        seen = x = jax.tree.map(native, read_inputs(form.net, x))
+        seen = x = jax.tree.map(_native, read_inputs(form.net, x))
     else:
-        x = jax.tree.map(native, x)
+        x = jax.tree.map(lambda leaf: _numbers(leaf, f"{where}: x"), x)
         seen, _ = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
         read_inputs(form.net, seen)
     for path, leaf in flatten(y).items():
@@ -247,8 +246,8 @@ def _labels(y: Tree, classes: bool, name: str) -> Tree:
         return tuple(_labels(part, classes, name) for part in y)
     if isinstance(y, list):
         return _labels(_as_one(y, "y"), classes, name)
-    numbers = lambda leaf: leaf.astype(np.int32) if classes and leaf.dtype == np.bool_ else leaf  # noqa: E731
-    return jax.tree.map(lambda leaf: numbers(_native(leaf, name)), y)
+    counted = lambda leaf: leaf.astype(np.int32) if classes and leaf.dtype == np.bool_ else leaf  # noqa: E731
+    return jax.tree.map(lambda leaf: counted(_numbers(leaf, name)), y)
 
 
 def _stacked(x: Tree) -> Tree:
@@ -262,14 +261,19 @@ def _as_one(parts: list[Any], name: str) -> np.ndarray:
         raise DataError(f"{name} is a {sketch(parts)}, which are of different shapes and make no array") from error
 
 
-def _native(leaf: Any, name: str) -> Any:
+def _native(leaf: Any) -> Any:
+    """Return an array in this machine's byte order."""
+    return leaf if leaf.dtype.isnative else leaf.astype(leaf.dtype.newbyteorder("="))
+
+
+def _numbers(leaf: Any, name: str) -> Any:
     """Return an array in this machine's byte order; raise `DataError` for what JAX would not take as it is."""
     refuse_masks(leaf, name)
     array = leaf if isinstance(leaf, (np.ndarray, jax.Array)) else np.asarray(leaf)
     if array.dtype.kind in "OSUMm":
         raise DataError(f"{name} is an array of dtype {array.dtype}; convert it to numbers, such as class numbers")
     require_range(array, jax.dtypes.canonicalize_dtype(array.dtype), name)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return _native(array)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

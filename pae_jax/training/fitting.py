@@ -112,9 +112,10 @@ def fit(
     """
     entry = find_trainable(state, task, "fit")
     rule = _keep(keep, val is not None)
-    if not hasattr(pruning, "updates_at") and pruning is not None:
-        wanted = "a schedule such as pae.CubicSchedule(final=0.5, end=100)"
-        raise ArgumentError(f"pruning must be {wanted}, found {kind_of(pruning)}")
+    if pruning is not None and not hasattr(pruning, "updates_at"):
+        raise ArgumentError(
+            f"pruning must be a schedule such as pae.CubicSchedule(final=0.5, end=100), found {kind_of(pruning)}"
+        )
     integrity.require_own_net(net, state, [entry])
     wanted = objective(loss, loss_per, metrics)
     shape = form(net, entry.width, entry.head_spec, wanted.takes_classes, augment)

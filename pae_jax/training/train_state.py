@@ -14,14 +14,24 @@ from flax import traverse_util
 
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
 from pae_jax.core import Of, Picking, Scope, State, find_trainable, flax, integrity, names, ownership, picking, pruning
-from pae_jax.errors import ArgumentError, ForgettingError, StructureError, UnknownTaskError
+from pae_jax.errors import ArgumentError, ForgettingError, UnknownTaskError
 from pae_jax.nets import Net, Rngs, heads
 from pae_jax.training import partial_gradients
 from pae_jax.training.optimizer import transformation
 from pae_jax.training.pickling import picklable
 from pae_jax.training.places import find_all, pairs, put, take
-from pae_jax.training.variables import joined, laid_like, on_devices_of, paths, strayed, with_updates, without_empty
-from pae_jax.trees import PARAMS, Tree, describe, flatten, require_match
+from pae_jax.training.variables import (
+    joined,
+    laid_like,
+    on_devices_of,
+    paths,
+    require_like,
+    require_updates,
+    strayed,
+    with_updates,
+    without_empty,
+)
+from pae_jax.trees import PARAMS, Tree, flatten
 
 PARTS = ("shared", "local", "head", "pick")
 Params = dict[str, Tree]
@@ -240,11 +250,11 @@ class TrainState:
         Returns:
           A new state.
         """
-        self._require_like("grads", grads)
+        require_like("grads", grads, self.params)
         if "grad" in extra:
-            self._require_like("grad", extra["grad"])
+            require_like("grad", extra["grad"], self.params)
             extra["grad"] = self.own(extra["grad"])
-        self._require_updates(updates or {})
+        require_updates(updates or {}, self.variables)
         changes, opt_state = self.proposed(self.own(grads), extra)
         return self.moved(changes, opt_state, updates or {})
 
@@ -429,32 +439,13 @@ class TrainState:
         """Return parameters in which entries that the task does not own are those of this state."""
         if params is self.params:
             return params
-        self._require_like("params", params)
+        require_like("params", params, self.params)
         masks = self._masks()
         pin = lambda m, new, old: jnp.where(m, new.astype(old.dtype), old)  # noqa: E731
         return {
             part: jax.tree.map(pin, masks[part], sub, self.params[part]) if part in masks else sub
             for part, sub in params.items()
         }
-
-    def _require_like(self, name: str, tree: Params) -> None:
-        """Raise `StructureError` unless a tree has the paths and shapes of the parameters; dtypes may differ."""
-        same = jax.tree.structure(tree) == jax.tree.structure(self.params)
-        if not same or any(map(_other_shape, jax.tree.leaves(tree), jax.tree.leaves(self.params))):
-            found, wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.float32), (tree, self.params))
-            require_match(name, found, wanted, "It must have the tree of ts.params, with its shapes.")
-
-    def _require_updates(self, updates: dict[str, Tree]) -> None:
-        """Raise unless updates are what `apply_fn` returns."""
-        for part, collections in updates.items():
-            if part not in ("backbone", "head"):
-                raise ArgumentError(
-                    f"updates has {part!r}, expected those that apply_fn returns: {{'backbone': ..., 'head': ...}}"
-                )
-            known = flatten(self.variables[part])
-            for path, leaf in flatten(collections).items():
-                if path in known and _other_shape(leaf, known[path]):
-                    raise StructureError(f"updates of the {part}", path, describe(leaf), describe(known[path]))
 
     def _whole(self, extra: dict[str, Any]) -> dict[str, Any]:
         """Return extra arguments of an optimizer, with functions wrapped to take the optimizer's parameters."""
@@ -495,7 +486,3 @@ class TrainState:
         """Return a state with its own copies of the arrays."""
         del memo
         return jax.tree.map(jnp.copy, self)
-
-
-def _other_shape(leaf: Any, wanted: Any) -> bool:
-    return np.shape(leaf) != np.shape(wanted)

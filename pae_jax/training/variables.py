@@ -1,4 +1,4 @@
-"""Split and join trees of trained and untrained variables."""
+"""Split, join and check trees of trained and untrained variables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.sharding import AxisType, reshard
 
 from pae_jax.checks import is_traced
 from pae_jax.core import ownership
-from pae_jax.trees import Tree
+from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.trees import Tree, describe, flatten, require_match
 
 
 def paths(tree: Tree) -> list[tuple[str, ...]]:
@@ -36,6 +38,31 @@ def with_updates(variables: Tree, updates: Tree) -> Tree:
         return traverse_util.unflatten_dict({path: found.get(path, leaf) for path, leaf in flat.items()})
 
     return {name: collection(name) for name in variables}
+
+
+def require_like(name: str, tree: Tree, params: Tree) -> None:
+    """Raise `StructureError` unless a tree has the paths and shapes of the parameters; dtypes may differ."""
+    same = jax.tree.structure(tree) == jax.tree.structure(params)
+    if not same or any(map(_other_shape, jax.tree.leaves(tree), jax.tree.leaves(params))):
+        found, wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.float32), (tree, params))
+        require_match(name, found, wanted, "It must have the tree of ts.params, with its shapes.")
+
+
+def require_updates(updates: dict[str, Tree], variables: dict[str, Tree]) -> None:
+    """Raise unless updates are what `TrainState.apply_fn` returns."""
+    for part, collections in updates.items():
+        if part not in ("backbone", "head"):
+            raise ArgumentError(
+                f"updates has {part!r}, expected those that apply_fn returns: {{'backbone': ..., 'head': ...}}"
+            )
+        known = flatten(variables[part])
+        for path, leaf in flatten(collections).items():
+            if path in known and _other_shape(leaf, known[path]):
+                raise StructureError(f"updates of the {part}", path, describe(leaf), describe(known[path]))
+
+
+def _other_shape(leaf: Any, wanted: Any) -> bool:
+    return np.shape(leaf) != np.shape(wanted)
 
 
 def on_devices_of(tree: Tree, like: Tree) -> Tree:

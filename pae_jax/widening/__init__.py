@@ -7,6 +7,7 @@
 program and finds which weights can change its outputs; `channels` finds the channels that it uses.
 """
 
+from pae_jax.widening.analysis import starts_at_zero as starts_at_zero
 from pae_jax.widening.analysis import widen_maps as widen_maps
 from pae_jax.widening.axismaps import ArrayMap as ArrayMap
 from pae_jax.widening.axismaps import AxisMap as AxisMap

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.errors import ArgumentError, StructureError
-from pae_jax.trees import flatten
+from pae_jax.trees import PARAMS, flatten
 from pae_jax.widening import programs
 from pae_jax.widening.axismaps import ArrayMap, AxisMap
 from pae_jax.widening.maps import WidenMaps
@@ -108,12 +108,21 @@ def widen_maps(
 
 def _new_entries(path: str, leaves: Mapping[str, Any]) -> Range:
     """Range of the values allowed at the new coordinates of a leaf."""
-    leaf = leaves[path]
-    elsewhere = not path.startswith("params/") and any(name.startswith("params/") for name in leaves)
-    local = len(leaf.shape) < 2 or elsewhere
-    if not (local and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+    if starts_at_zero(path, leaves[path], any(name.startswith(f"{PARAMS}/") for name in leaves)):
         return ZERO
     return dataclasses.replace(NOT_NEGATIVE, leaves=frozenset({path}))
+
+
+def starts_at_zero(path: str, leaf: Any, has_params: bool = True) -> bool:
+    """Return whether new entries of a leaf are 0 by the assumptions of `widen_maps`: those of weights, owners, masks.
+
+    Args:
+      path: of the leaf in the variables.
+      leaf: an array, concrete or abstract.
+      has_params: whether the variables have a collection "params".
+    """
+    local = len(leaf.shape) < 2 or (has_params and not path.startswith(f"{PARAMS}/"))
+    return not (local and jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def _same_tree(narrow: Mapping[str, Any], wide: Mapping[str, Any]) -> None:
