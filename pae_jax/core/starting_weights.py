@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -14,7 +16,7 @@ from pae_jax.core import ownership
 from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net
+from pae_jax.nets import Net, input_sizes
 from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import find_influence, trace
 
@@ -57,18 +59,37 @@ def _preserved(net: Net, state: State, key: jax.Array, sharing: str) -> Tree:
     layout = net.layout(state.width)
     variables = merge(layout.shared, layout.local)
     backbone = net.program(state.width)
-    program = _TRACES.get(
-        (net, state.width), lambda: trace(lambda v, x: backbone.apply(v, x, False, None)[0], variables, net.sample)
-    )
+
+    def features(v: Tree, x: Tree) -> Tree:
+        return backbone.apply(v, x, False, None)[0]
+
+    sizes = functools.partial(input_sizes, net, functools.partial(jax.eval_shape, features, variables))
+    programs = _TRACES.get((net, state.width), lambda: [trace(features, variables, x) for x in sizes()])
     seen = ownership.visible(state.owner, ownership.id_array(len(state.tasks) + 1), sharing)
     nonzero = jax.tree.map(lambda w, m: whole((w != 0) & m), state.shared, seen)
     paths = {f"{PARAMS}/{path}": leaf for path, leaf in flatten(nonzero).items()}
-    marks, alive = find_influence(program, variables, paths)
+    found = [find_influence(program, variables, paths) for program in programs]
+    marks = {path: _at_any_size([marks[path] for marks, _ in found]) for path in paths}
+    alive = any(alive for _, alive in found)
     drawn = net.initial(key, state.width)[0]
     if not alive:  # the older weights compute a constant, so there is no function to preserve
         return _redraw(state.shared, state.owner, drawn, jnp.ones(len(paths), bool))
     harmless = jax.tree.unflatten(jax.tree.structure(state.shared), [~marks[path] for path in paths])
     return _draw_harmless(state.shared, state.owner, drawn, harmless, nonzero)
+
+
+def _at_any_size(marks: Sequence[np.ndarray]) -> np.ndarray:
+    """Join the marks of a leaf for inputs of several sizes.
+
+    Along an axis where they differ, as in a table of which longer inputs read more rows, all entries count as marked
+    where one is: inputs of still another size may reach them.
+    """
+    joined = np.logical_or.reduce(marks)
+    for axis in range(joined.ndim):
+        slices = [mark.any(axis=tuple(i for i in range(mark.ndim) if i != axis)) for mark in marks]
+        if any((one != slices[0]).any() for one in slices):
+            joined = np.broadcast_to(joined.any(axis=axis, keepdims=True), joined.shape)
+    return joined
 
 
 @jax.jit

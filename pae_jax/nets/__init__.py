@@ -8,6 +8,7 @@ from pae_jax.nets.forward import task_function as task_function
 from pae_jax.nets.inputs import as_inputs as as_inputs
 from pae_jax.nets.inputs import examples as examples
 from pae_jax.nets.inputs import in_pieces as in_pieces
+from pae_jax.nets.inputs import input_sizes as input_sizes
 from pae_jax.nets.inputs import owned as owned
 from pae_jax.nets.inputs import read_inputs as read_inputs
 from pae_jax.nets.inputs import refuse_masks as refuse_masks

@@ -11,8 +11,8 @@ import numpy as np
 
 from pae_jax.checks import check_count, is_traced
 from pae_jax.errors import DataError, StructureError
-from pae_jax.nets.network import Net
-from pae_jax.trees import Tree, describe, flatten, sketch
+from pae_jax.nets.network import Net, batch_size
+from pae_jax.trees import Tree, describe, flatten, path_name, sketch
 
 
 def read_inputs(net: Net, x: Tree) -> Tree:
@@ -126,6 +126,48 @@ def _same_kind(found: Any, expected: Any) -> bool:
         jnp.issubdtype(found, kind) and jnp.issubdtype(expected, kind)
         for kind in (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
     )
+
+
+def input_sizes(net: Net, run: Callable[[Tree], Any], batches: Sequence[int] = ()) -> list[Tree]:
+    """Return the sample's shapes and others that the net takes, as far as a function runs on them.
+
+    An analysis of a program that was traced at all of them sees what depends on the sizes of the inputs.
+
+    Args:
+      net: the network description.
+      run: function of abstract inputs; it raises for sizes that the model does not take.
+      batches: other batch sizes; free axes are changed at the sample's, and with `batches` also at 1 and at one more.
+
+    Returns:
+      Trees of `ShapeDtypeStruct`; the sample's shapes come first.
+    """
+    known = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), net.sample)
+    whole = batch_size(known)
+
+    def sized(rows: int, scale: Callable[[int], int]) -> Tree:
+        def leaf(path: Any, known: Any) -> jax.ShapeDtypeStruct:
+            free = net.free_axes.get(path_name(path), ())
+            sizes = [scale(size) if axis in free else size for axis, size in enumerate(known.shape)]
+            return jax.ShapeDtypeStruct((rows, *sizes[1:]), known.dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, known)
+
+    wanted = [sized(rows, lambda size: size) for rows in batches if rows != whole]
+    if net.free_axes:
+        twice, half = (lambda size: 2 * size), (lambda size: -(-size // 2))
+        near = (lambda size: size + 1), (lambda size: max(size - 1, 1))
+        wanted += [sized(whole, scale) for scale in (twice, half, *near)]
+        wanted += [sized(rows, scale) for rows in (1, whole + 1) if batches for scale in (twice, half)]
+    run(known)
+    return [known, *(shapes for shapes in wanted if _runs(run, shapes))]
+
+
+def _runs(run: Callable[[Tree], Any], inputs: Tree) -> bool:
+    try:
+        run(inputs)
+    except Exception:  # whatever a user's model raises for a size that it does not take
+        return False
+    return True
 
 
 def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree], Any]) -> Any:

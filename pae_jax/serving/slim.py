@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,8 @@ from pae_jax.core import (
     verify,
 )
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, check_net, trial_inputs
-from pae_jax.trees import PARAMS, Tree, flatten, merge, path_name
+from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, check_net, input_sizes, trial_inputs
+from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import Cuts, find_cuts
 
 
@@ -132,7 +133,7 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     def features(variables: Tree, x: Tree) -> Tree:
         return program.apply(variables, x, False, None)[0]
 
-    sizes = _sizes(net, lambda x: features(variables, x))
+    sizes = input_sizes(net, functools.partial(jax.eval_shape, features, variables), batches=(1, 2, 3))
     cuts = find_cuts(features, variables, sizes, _rows_in_use(entry))
     head = _cut_head(entry, cuts)
     small = _net(net, state, task, cuts, head)
@@ -140,33 +141,6 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     check(alone, small)
     _compare(net, state, small, alone, task, max(map(batch_size, sizes)))
     return small, alone
-
-
-def _sizes(net: Net, run: Callable[[Tree], Tree]) -> list[Tree]:
-    """Return the sample's shapes, and those with other sizes of the axes that may change, where the model runs."""
-
-    def inputs(rows: int, scale: Callable[[int], int]) -> Tree:
-        def leaf(path: Any, known: Any) -> jax.ShapeDtypeStruct:
-            free = net.free_axes.get(path_name(path), ())
-            sizes = [scale(size) if axis in free else size for axis, size in enumerate(known.shape)]
-            return jax.ShapeDtypeStruct((rows, *sizes[1:]), known.dtype)
-
-        return jax.tree_util.tree_map_with_path(leaf, net.sample)
-
-    whole = batch_size(net.sample)
-    wanted = [inputs(rows, lambda size: size) for rows in (1, 2, 3) if rows != whole]
-    if net.free_axes:
-        changed = (lambda size: 2 * size, lambda size: -(-size // 2))
-        wanted += [inputs(rows, scale) for rows in (1, whole, whole + 1) for scale in changed]
-    return [net.sample, *(shapes for shapes in wanted if _runs(run, shapes))]
-
-
-def _runs(run: Callable[[Tree], Tree], inputs: Tree) -> bool:
-    try:
-        jax.eval_shape(run, inputs)
-    except Exception:  # whatever a user's model raises for a size that it does not take
-        return False
-    return True
 
 
 def _rows_in_use(entry: TaskState) -> np.ndarray | None:

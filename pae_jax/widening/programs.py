@@ -49,7 +49,7 @@ class Equation(Protocol):
     def source_info(self) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Body:
     """A jaxpr with its constants: operations over variables, nothing else."""
 

@@ -117,6 +117,29 @@ def test_preserve_counts_only_the_older_weights_that_the_task_sees(wide, pruned,
     )
 
 
+class Positions(nn.Module):
+    """Sequences of up to 40 numbers, whose positions are rows of a table, read through a narrow layer."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        table = self.param("table", nn.initializers.normal(), (40, 6))
+        x = x[:, :, None] + table[None, : x.shape[1]]
+        return nn.Dense(4)(nn.relu(nn.Dense(int(16 * self.width))(x))).mean(1)
+
+
+def test_preserve_keeps_the_older_function_for_inputs_longer_than_the_sample():
+    net = pae.linen(Positions, jnp.zeros((1, 6)), free_axes=(1,))
+    state = pae.pack(net, pae.init(net, KEY(0)), "a", head=2, key=KEY(1))
+    state = pae.freeze(pae.prune(state, "a", 0.7), "a")
+    after = start(net, state)
+    for length in (6, 9, 37, 40):
+        x = jax.random.normal(KEY(length), (3, length))
+        old, new = (pae.features(net, s, t, x) for s, t in ((state, "a"), (after, "b")))
+        np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
+
+
 def test_preserve_looks_at_values_so_a_second_task_packed_inside_jit_says_how_else(wide, pruned):
     with pytest.raises(pae.ArgumentError, match="call pack outside jit, or with weight_init='zeros' or 'fresh'"):
         jax.jit(lambda state: start(wide, state))(pruned)

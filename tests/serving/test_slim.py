@@ -258,6 +258,30 @@ def test_inputs_of_any_length_stay_free_and_loops_stay_whole():
         same_outputs(net, state, small, alone, "a", x)
 
 
+class Positions(nn.Module):
+    """Sequences of up to 40 tokens, whose positions are rows of a table."""
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, train):
+        table = self.param("table", nn.initializers.normal(), (40, 6))
+        x = nn.Embed(9, 6)(x) + table[None, : x.shape[1]]
+        return nn.Dense(6)(nn.gelu(nn.Dense(int(8 * self.width))(x))).mean(1)
+
+
+@pytest.mark.parametrize(("sample", "lengths"), [(6, (6, 11, 37)), (40, (6, 23, 40))])
+def test_rows_of_a_table_that_only_longer_inputs_read_stay(sample, lengths):
+    net = pae.linen(Positions, np.arange(sample).reshape(1, sample) % 9, free_axes=(1,))
+    state = frozen(net)
+    small, alone = pae.slim(net, state, "a")
+    assert flatten(alone.shared)["table"].shape == (40, 6)
+    assert flatten(alone.shared)["Dense_0/kernel"].shape[1] < 8
+    for rows, length in enumerate(lengths, 1):
+        x = np.random.default_rng(length).integers(0, 9, (rows, length))
+        same_outputs(net, state, small, alone, "a", x)
+
+
 def test_a_task_of_a_network_that_was_widened_since_is_slimmed_at_its_own_width(net, third, data):
     state = pae.freeze(pae.prune(third, "c", 0.6), "c")
     state = pae.expand(net, state, width=1.5, key=jax.random.key(1))

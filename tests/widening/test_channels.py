@@ -156,6 +156,69 @@ def test_an_axis_that_changes_with_the_batch_is_not_cut():
     assert cut_shapes(apply, variables, (2,)) == {"a": (2, 4), "out": (4, 1)}
 
 
+def rows_of_a_table(v, x):
+    return x + v["rows"][None, : x.shape[1]]
+
+
+def last_rows_of_a_table(v, x):
+    return x[:, -2:] + v["rows"][None, x.shape[1] - 2 : x.shape[1]]
+
+
+def padded_to_a_fixed_length(v, x):
+    return jnp.pad(x, ((0, 0), (0, 12 - x.shape[1]), (0, 0))).swapaxes(1, 2) @ v["rows"]
+
+
+def joined_to_a_fixed_length(v, x):
+    zeros = jnp.zeros((x.shape[0], 12 - x.shape[1], x.shape[2]))
+    return jnp.concatenate([x, zeros], 1).swapaxes(1, 2) @ v["rows"]
+
+
+def masked_beyond_the_length(v, x):
+    return ((x.sum(1) @ v["rows"].T) * jnp.where(jnp.arange(12) < x.shape[1], 1.0, 0.0)[None]) @ jnp.ones((12, 2))
+
+
+def masked_by_a_constant(v, x):
+    mask = np.where(np.arange(12) < x.shape[1], np.float32(1), np.float32(0))
+    return ((x.sum(1) @ v["rows"].T) * mask[None]) @ jnp.ones((12, 2))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        rows_of_a_table,
+        last_rows_of_a_table,
+        padded_to_a_fixed_length,
+        joined_to_a_fixed_length,
+        masked_beyond_the_length,
+        masked_by_a_constant,
+    ],
+)
+def test_what_only_longer_inputs_read_is_not_cut(apply):
+    """Two analysed lengths, 3 and 5, read the first five of twelve rows; an input of nine reads more."""
+    rows = np.arange(1, 37, dtype=np.float32).reshape(12, 3)
+    inputs = [jax.ShapeDtypeStruct((2, length, 3), jnp.float32) for length in (3, 5)]
+    cuts = find_cuts(apply, {"rows": rows}, inputs)
+    small = cuts.take({"rows": rows})
+    assert small["rows"].shape == (12, 3)
+    x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+    np.testing.assert_allclose(cuts.apply(small, x), apply({"rows": rows}, x), rtol=1e-6)
+
+
+def test_channels_of_a_table_with_more_rows_than_the_inputs_are_cut():
+    variables = {"rows": kernel(12, 4, off=(1,)), "a": kernel(2, 4, off=(1,)), "out": kernel(4, 1)}
+    inputs = [jax.ShapeDtypeStruct((2, length, 2), jnp.float32) for length in (3, 5)]
+    cuts = find_cuts(lambda v, x: relu(x @ v["a"] + v["rows"][None, : x.shape[1]]) @ v["out"], variables, inputs)
+    assert jax.tree.map(jnp.shape, cuts.take(variables)) == {"rows": (12, 3), "a": (2, 3), "out": (3, 1)}
+
+
+def test_sizes_that_were_not_analysed_are_refused_where_the_program_depends_on_them():
+    rows = np.zeros((12, 3), np.float32)
+    rows[:3] = 1
+    cuts = find_cuts(rows_of_a_table, {"rows": rows}, [jax.ShapeDtypeStruct((2, 3, 3), jnp.float32)])
+    with pytest.raises(StructureError, match="slimmed net"):
+        jax.eval_shape(cuts.apply, cuts.take({"rows": rows}), jax.ShapeDtypeStruct((2, 9, 3), jnp.float32))
+
+
 def test_a_program_of_another_structure_is_refused():
     variables = {"a": kernel(2, 4), "out": kernel(4, 1, unread=(1,))}
     apply = lambda v, x: (x @ v["a"] if x.shape[0] < 4 else jnp.tanh(x @ v["a"])) @ v["out"]  # noqa: E731

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,8 @@ from pae_jax.widening.channels.known import find_known
 from pae_jax.widening.channels.links import link
 from pae_jax.widening.channels.reduced import Kept, Plan
 from pae_jax.widening.channels.sets import Sets
+from pae_jax.widening.channels.sizes import Signature, Varying, signature_of, variables_of, varying
 from pae_jax.widening.programs import Body, literal, trace
-
-Signature = tuple[tuple[Any, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,14 +30,14 @@ class Cuts:
       outputs: the same of each output.
       function: the whole function.
       variables: its variables, abstract.
-      plans: per signature of its program, what is in use of each variable, in the program's order.
+      plans: per signature of its program, a program of that signature and what is in use of it.
     """
 
     leaves: Mapping[str, Kept]
     outputs: Sequence[Kept]
     function: Callable[[Tree, Tree], Tree]
     variables: Tree
-    plans: Mapping[Signature, Sequence[Kept | None]]
+    plans: Mapping[Signature, Analysed]
 
     def take(self, variables: Tree) -> Tree:
         """Return variables cut to what is in use, or a part of them whose paths are whole."""
@@ -57,18 +56,34 @@ class Cuts:
         )
 
     def _plan(self, body: Body, inputs: Tree) -> Plan:
-        variables, kept = _variables(body), self.plans.get(_signature(body))
-        if kept is not None and all(map(_fits, variables, kept)):
-            return Plan({var: axes for var, axes in zip(variables, kept, strict=True) if axes is not None})
+        analysed = self.plans.get(signature_of(body))
+        if analysed is not None and analysed.covers(body):
+            pairs = zip(variables_of(body), analysed.kept, strict=True)
+            return Plan({var: axes for var, axes in pairs if axes is not None})
         found = ", ".join(map(describe, jax.tree.leaves(inputs)))
         hint = "Declare axes whose sizes change as free_axes of the net, and make it again with a sample of this shape."
         raise StructureError("input of a slimmed net", "", found, "shapes for which its program was analysed", hint)
 
 
-def _fits(var: Any, kept: Kept | None) -> bool:
-    return kept is None or all(
-        used is None or size == used.size for size, used in zip(var.aval.shape, kept, strict=True)
-    )
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysed:
+    """A program, and what is in use of it and of all programs that differ from it where it varies.
+
+    Attributes:
+      body: the program.
+      varying: what was different in the other programs of its signature.
+      kept: per variable, in the program's order, what is in use; None for a variable that is not.
+    """
+
+    body: Body
+    varying: Varying
+    kept: Sequence[Kept | None]
+
+    def covers(self, body: Body) -> bool:
+        """Return whether a program of the same signature differs only where others did."""
+        found = varying(self.body, [body])
+        axes = all(set(axes) <= set(self.varying.axes.get(var, ())) for var, axes in found.axes.items())
+        return axes and found.constants <= self.varying.constants
 
 
 def find_cuts(
@@ -83,7 +98,8 @@ def find_cuts(
     Args:
       function: pure function of `(variables, inputs)`.
       variables: its variables, concrete.
-      inputs: abstract inputs of several sizes: an axis of an array whose size differs among them is never cut.
+      inputs: abstract inputs of several sizes. An axis of an array whose size differs among them, or of which an
+        operation reads another window, is never cut.
       needed: bool vector over the last axis of the one output: where its entries matter, unless they are always 0.
         None if all outputs matter.
 
@@ -105,44 +121,45 @@ def find_cuts(
     shapes = abstract(variables)
     bodies = [inlined(trace(function, shapes, abstract(x)).body) for x in inputs]
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
-    programs = []
+    groups: dict[Signature, list[Body]] = {}
     for body in bodies:
-        known = find_known(body, [*arrays, *[None] * (len(body.invars) - len(arrays))])
-        programs.append((body, Sets(known, _changing(body, bodies))))
-    _settle(programs, len(arrays), needed)
-    body, sets = programs[0]
-    leaves = {path: _kept(sets, var) for path, var in zip(flatten(variables), body.invars, strict=False)}
-    plans = {
-        _signature(body): [_kept(sets, var) if var in sets else None for var in _variables(body)]
-        for body, sets in programs
-    }
-    outputs = [() if literal(var) is not None else _kept(sets, var) for var in body.outvars]
+        groups.setdefault(signature_of(body), []).append(body)
+    found = {body: varying(body, group) for group in groups.values() for body in group}
+    values = [*arrays, *[None] * (len(bodies[0].invars) - len(arrays))]
+    sets = {body: Sets(find_known(body, values, found[body]), found[body].axes) for body in bodies}
+    _settle(groups.values(), sets, len(arrays), needed)
+    first, *_ = bodies
+    leaves = {path: _kept(sets[first], var) for path, var in zip(flatten(variables), first.invars, strict=False)}
+    plans = {}
+    for signature, (body, *_) in groups.items():
+        kept = [_kept(sets[body], var) if var in sets[body] else None for var in variables_of(body)]
+        plans[signature] = Analysed(body, found[body], kept)
+    outputs = [() if literal(var) is not None else _kept(sets[first], var) for var in first.outvars]
     return Cuts(leaves, outputs, function, shapes, plans)
 
 
-def _settle(programs: Sequence[tuple[Body, Sets]], leaves: int, needed: np.ndarray | None) -> None:
+def _settle(
+    groups: Iterable[Sequence[Body]], sets: Mapping[Body, Sets], leaves: int, needed: np.ndarray | None
+) -> None:
     """Enlarge the sets of all programs until they fit together.
 
     All programs get the same set for an axis of a leaf, and those of one signature for an axis of any variable.
     """
-    groups: dict[Signature, list[tuple[Body, Sets]]] = {}
-    for body, sets in programs:
-        groups.setdefault(_signature(body), []).append((body, sets))
-    alike = [[(sets, _variables(body)) for body, sets in group] for group in groups.values()]
-    alike.append([(sets, list(body.invars[:leaves])) for body, sets in programs])
-    for body, sets in programs:
+    alike = [[(sets[body], variables_of(body)) for body in group] for group in groups]
+    alike.append([(own, list(body.invars[:leaves])) for body, own in sets.items()])
+    for body, own in sets.items():
         for var in body.outvars:
             if literal(var) is None:
-                _need(sets, var, needed)
+                _need(own, var, needed)
         for var in body.invars[leaves:]:
-            sets.fill(var)
+            own.fill(var)
     while True:
-        for body, sets in programs:
-            _close(body, sets)
+        for body, own in sets.items():
+            _close(body, own)
         for group in alike:
             for same in zip(*(variables for _, variables in group), strict=True):
-                _share([(sets, var) for (sets, _), var in zip(group, same, strict=True)])
-        if not any(sets.grew for _, sets in programs):
+                _share([(own, var) for (own, _), var in zip(group, same, strict=True)])
+        if not any(own.grew for own in sets.values()):
             return
 
 
@@ -181,31 +198,3 @@ def _kept(sets: Sets, var: Any) -> Kept:
     """Return what is kept of a variable: what is in use, and at least the first coordinate of an axis."""
     found = (used if used.any() else np.arange(used.size) == 0 for used in sets.of(var))
     return tuple(None if used.all() else used for used in found)
-
-
-def _variables(body: Body) -> list[Any]:
-    outs = (var for equation in body.equations for var in equation.outvars)
-    return [*body.constvars, *body.invars, *outs]
-
-
-def _signature(body: Body) -> Signature:
-    """Return what two programs have in common that differ in sizes alone: the operations and how they are connected."""
-    variables = _variables(body)
-    number = {var: place for place, var in enumerate(variables)}
-    rows = [
-        (equation.primitive.name, *(-1 if literal(var) is not None else number[var] for var in equation.invars))
-        for equation in body.equations
-    ]
-    return (*rows, tuple(len(var.aval.shape) for var in variables))
-
-
-def _changing(body: Body, bodies: Sequence[Body]) -> dict[Any, list[int]]:
-    """Return the axes of a program's variables that have another size in another program of the same signature."""
-    mine = _signature(body)
-    others = [_variables(other) for other in bodies if _signature(other) == mine]
-    found: dict[Any, list[int]] = {}
-    for var, *same in zip(_variables(body), *others, strict=True):
-        axes = [i for i, size in enumerate(var.aval.shape) if any(other.aval.shape[i] != size for other in same)]
-        if axes:
-            found[var] = axes
-    return found

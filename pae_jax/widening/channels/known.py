@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.widening.channels.sizes import Varying
 from pae_jax.widening.marks import spread
 from pae_jax.widening.pointwise import POINTWISE
 from pae_jax.widening.programs import Body, Equation, bind, bodies, is_traced, literal
@@ -49,23 +50,44 @@ _FAST: Mapping[str, Callable[..., np.ndarray]] = {  # the arithmetic of norms, w
 }  # fmt: skip
 
 
-def find_known(body: Body, inputs: Sequence[Any]) -> dict[Any, Known]:
-    """Return what is known about the variables of an inlined program.
+def find_known(body: Body, inputs: Sequence[Any], varying: Varying) -> dict[Any, Known]:
+    """Return what is known about the variables of an inlined program, whatever the sizes of its inputs.
 
     Args:
       body: the program.
       inputs: per input its array, or None where it may have any values.
+      varying: what depends on the sizes. Along these axes only what all entries have in common is known.
     """
     found: dict[Any, Known] = {}
     for var, value in (*zip(body.constvars, body.consts, strict=True), *zip(body.invars, inputs, strict=True)):
-        if value is not None and not _opaque(var) and not is_traced(value):
-            found[var] = _whole(np.asarray(value))
+        if value is not None and not _opaque(var) and not is_traced(value) and var not in varying.constants:
+            found[var] = _common(_whole(np.asarray(value)), varying.axes.get(var, ()))
     for equation in body.equations:
-        values = [_whole(constant(var)) if literal(var) is not None else found.get(var) for var in equation.invars]
-        result = _result(equation, values)
-        if result is not None and not _opaque(equation.outvars[0]) and result.mask.any():
-            found[equation.outvars[0]] = result
+
+        def value(place: int, var: Any, equation: Equation = equation) -> Known | None:
+            if literal(var) is None:
+                return found.get(var)
+            return None if (equation, place) in varying.constants else _whole(constant(var))
+
+        values = [value(place, var) for place, var in enumerate(equation.invars)]
+        sized = any(var in varying.axes for var in equation.invars if literal(var) is None)
+        result = _result(equation, values, fold=not sized)
+        if result is not None and not _opaque(equation.outvars[0]):
+            result = _common(result, varying.axes.get(equation.outvars[0], ()))
+            if result.mask.any():
+                found[equation.outvars[0]] = result
     return found
+
+
+def _common(known: Known, axes: Sequence[int]) -> Known:
+    """Return what all entries along some axes have in common."""
+    mask, value = known.mask, known.value
+    for axis in axes:
+        if mask.shape[axis] > 1:
+            first = value.take([0], axis=axis)
+            mask = (mask & (value == first)).all(axis=axis, keepdims=True)
+            value = first
+    return Known(mask, value)
 
 
 def constant(var: Any) -> np.ndarray:
@@ -85,7 +107,7 @@ def _opaque(var: Any) -> bool:
     return jnp.issubdtype(var.aval.dtype, jax.dtypes.extended)
 
 
-def _result(equation: Equation, values: Values) -> Known | None:
+def _result(equation: Equation, values: Values, fold: bool) -> Known | None:
     name, out = equation.primitive.name, equation.outvars[0].aval
     if len(equation.outvars) != 1 or _opaque(equation.outvars[0]) or any(True for _ in bodies(equation.params)):
         return None
@@ -94,7 +116,7 @@ def _result(equation: Equation, values: Values) -> Known | None:
             return _pointwise(equation, values)
         if name in _RULES:
             return _RULES[name](equation, values)
-    if math.prod(out.shape) <= _FOLDED and all(value is not None and value.mask.all() for value in values):
+    if fold and math.prod(out.shape) <= _FOLDED and all(value is not None and value.mask.all() for value in values):
         arrays = [
             np.broadcast_to(value.value, var.aval.shape)
             for value, var in zip(values, equation.invars, strict=True)
