@@ -237,7 +237,13 @@ def main() -> None:
         print(f"{name:32} {row['wrapper']:24} {len(passed)} of 8  {row['seconds']:5.1f} s  {error[:300]}", flush=True)
         whole = sum(not row["refused"] for row in rows)
         if not sys.argv[1:]:
-            path.write_text(json.dumps({"models": len(rows), "whole_life": whole, "rows": rows}, indent=2) + "\n")
+            facts = {
+                "command": "python benchmarks/model_zoo.py",
+                "models": len(rows),
+                "whole_life": whole,
+                "rows": rows,
+            }
+            path.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
     print(f"{whole} of {len(rows)} through a whole life")
 
 

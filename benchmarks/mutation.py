@@ -124,7 +124,12 @@ def _tried(mutation: MutationSpec, file: str, command: str, folder: Path) -> dic
 
 def _write(rows: list[dict[str, Any]], seed: int) -> None:
     survived = sum(row["outcome"] == "survived" for row in rows)
-    facts = {"command": "python benchmarks/mutation.py", "seed": seed, "changes": len(rows), "survived": survived}
+    facts = {
+        "command": " ".join(["python benchmarks/mutation.py", *sys.argv[1:]]),
+        "seed": seed,
+        "changes": len(rows),
+        "survived": survived,
+    }
     RESULTS.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", "utf-8")
 
 

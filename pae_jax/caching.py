@@ -24,7 +24,7 @@ _PLAIN = (bool, int, complex, str, bytes, type(None), np.dtype, jax.sharding.Mes
 
 
 class Cache:
-    """The most recent results by key; a new entry evicts the oldest one when the cache is full."""
+    """The most recent results by key; a new entry evicts the least recently used one when the cache is full."""
 
     every: list[Cache] = []  # noqa: RUF012
 
@@ -54,8 +54,8 @@ class Cache:
 def clear_caches() -> None:
     """Clear the caches of traced and compiled programs; the next calls compile again.
 
-    At most 8 train steps and 64 programs that evaluate or predict are kept. They hold the network description, the
-    optimizer and the loss they were made from.
+    At most 8 train steps, 72 programs that evaluate or predict and 8 that score weights are kept. They hold the network
+    description, the optimizer and the loss they were made from.
 
     Example:
       >>> import pae_jax as pae

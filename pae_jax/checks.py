@@ -67,10 +67,9 @@ def check_count(name: str, value: Any, low: int = 0) -> int:
 
 def check_fraction(value: Any, name: str = "fraction") -> float:
     """Return a fraction as a float."""
-    try:
-        fraction = float(value)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{name} must be a number in [0, 1], found {value!r}") from None
+    fraction = real_number(value)
+    if fraction is None:
+        raise ArgumentError(f"{name} must be a number in [0, 1], found {value!r}")
     if not 0.0 <= fraction <= 1.0:  # false for NaN too
         raise ArgumentError(f"{name} must lie in [0, 1], found {value}; 0.5 frees half of the available weights")
     return fraction
@@ -78,13 +77,23 @@ def check_fraction(value: Any, name: str = "fraction") -> float:
 
 def check_width(width: Any) -> float:
     """Return a width as a float."""
-    try:
-        value = float(width)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"width is a positive channel factor, found {width!r}") from None
+    value = real_number(width)
+    if value is None:
+        raise ArgumentError(f"width is a positive channel factor, found {width!r}")
     if not (math.isfinite(value) and value > 0):
         raise ArgumentError(f"width is a positive channel factor, found {width!r}; from a size ratio: pae.width_for")
     return value
+
+
+def real_number(value: Any) -> float | None:
+    """Return a real number, also that of a scalar array, as a float; None for a bool, a text and anything else."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, (bool, str, bytes)) or (dtype is not None and not jnp.issubdtype(dtype, jnp.number)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_name(name: Any) -> str:

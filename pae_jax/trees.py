@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,12 @@ def describe(leaf: Any) -> str:
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     text = repr(leaf)
     return f"{type(leaf).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return the first names of a list in parentheses, to put behind their number."""
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def sketch(tree: Tree, entries: int = 4) -> str:

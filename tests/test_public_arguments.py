@@ -78,6 +78,10 @@ def test_slips_in_a_recipe_are_refused_by_name(adam):
         ladder(0.5, phase)
     with pytest.raises(pae.ArgumentError, match="phase must be of type Phase, found a value of type Rate"):
         ladder((0.5,), phase.rate)
+    with pytest.raises(pae.ArgumentError, match=r"rungs must be a number in .* found '0.5'"):
+        ladder(("0.5",), phase)
+    with pytest.raises(pae.ArgumentError, match="ramp must be a finite number, found 'x'"):
+        ladder((0.5,), phase, ramp="x")
 
 
 def test_functions_that_cannot_be_called_as_fit_does_are_refused_by_name(quick_fit, packed, data):

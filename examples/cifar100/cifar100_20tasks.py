@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -220,7 +219,7 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
         "width": result.state.width,
         "size_ratio": result.state.width**2,
         "stored_bytes": sizes.stored(stage).total,
-        "bundle_bytes": _bundle_bytes(stream.net, result.state),
+        "bundle_bytes": baselines.bundle_bytes(stream.net, result.state),
         "reused": {row["task"]: row["reused"] for row in pae.transfer(result.state).rows},
         "weights_share": shares,
         "outcomes": [
@@ -229,14 +228,6 @@ def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals:
         ],
         "records": curve,
     }
-
-
-def _bundle_bytes(net: pae.Net, state: pae.State) -> int:
-    """Return the bytes of all tasks in one compact file."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "all.safetensors"
-        pae.write_bundle(file, net, state)
-        return file.stat().st_size
 
 
 def run_seed(stream: Stream, methods: Sequence[str], out: Path) -> None:
@@ -262,7 +253,9 @@ def run_seed(stream: Stream, methods: Sequence[str], out: Path) -> None:
                 seconds = round(earlier + time.perf_counter() - started, 1)
                 spent.write_text(f"{seconds}\n")
             found |= {"seed": seed, "seconds": seconds}
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            aside = file.with_suffix(".tmp")  # a file that is there counts as finished, so it appears whole
+            aside.write_text(json.dumps(found, indent=1) + "\n")
+            aside.replace(file)
         if method == "separate":
             goals = json.loads(file.read_text())["goals"]
 

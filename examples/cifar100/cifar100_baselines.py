@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _separate(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "forgetting": 0.0,
         "size_ratio": float(len(stages)),
         "stored_bytes": sum(sizes.stored(stage).total for stage in stages),
+        "bundle_bytes": sum(bundle_bytes(stream.net, pae.load(stream.net, stage)) for stage in stages),
     }
 
 
@@ -66,19 +68,20 @@ def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         task = stream.task(i)  # nothing is kept of an unfinished run
         state = _trained(net, start, task, recipe, stage_key(stream.key, task.name, "sequential"))
         heads_of.append(state.tasks[task.name].head)
-        start = _without_tasks(net, state, task.name)
+        start = pae.from_variables(net, pae.task_variables(net, state, task.name)["backbone"])
         for j, head in enumerate(heads_of):
             old = dataclasses.replace(state.tasks[task.name], head=head)
             one = state.replace(tasks={task.name: old})
             matrix[i, j] = pae.evaluate(net, one, task.name, stream.splits[j].test)["accuracy"]
     pae_matrix = pae.metrics.AccuracyMatrix([stream.splits.names[i] for i in range(len(stream))], matrix)
-    bytes_of = _saved(folder, state) + (len(stream) - 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(heads_of[0]))
+    other_heads = sum(leaf.nbytes for leaf in jax.tree.leaves(heads_of[1:]))
     return {
         "test": matrix[-1].tolist(),
         "matrix": matrix.tolist(),
         "forgetting": pae_matrix.forgetting(),
         "size_ratio": 1.0,
-        "stored_bytes": bytes_of,
+        "stored_bytes": _saved(folder, state) + other_heads,
+        "bundle_bytes": bundle_bytes(net, pae.freeze(state, *state.tasks)) + other_heads,
     }
 
 
@@ -111,6 +114,7 @@ def _joint(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "forgetting": 0.0,
         "size_ratio": 1.0,
         "stored_bytes": _saved(folder, state),
+        "bundle_bytes": bundle_bytes(stream.net, pae.freeze(state, "joint")),
     }
 
 
@@ -145,6 +149,7 @@ def _fixed(stream: Any, recipe: Recipe, folder: Path, *, parts: Any, net: pae.Ne
         "forgetting": result.matrix.forgetting(),
         "size_ratio": 1.0,
         "stored_bytes": sizes.stored(last).total,
+        "bundle_bytes": bundle_bytes(net, result.state),
     }
 
 
@@ -216,23 +221,17 @@ def _optimizer(phase: Phase, steps: int) -> optax.GradientTransformation:
     return optax.chain(phase.optimizer.transformation(), optax.scale_by_schedule(lambda step: jnp.asarray(rates)[step]))
 
 
-def _without_tasks(net: pae.Net, state: pae.State, task: str) -> pae.State:
-    """Return a network that starts from the trained weights of a task."""
-    local = state.tasks[task].local
-    params = _joined(state.shared, local.get("params", {}))
-    return pae.from_variables(net, {**local, "params": params})
-
-
-def _joined(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    both = {**one, **two}
-    for name in one.keys() & two.keys():
-        both[name] = _joined(one[name], two[name])
-    return both
-
-
 def _saved(folder: Path, state: pae.State) -> int:
     """Save a network and return its bytes on disk."""
     stage = folder / "network"
     if not stage.exists():
         pae.save(stage, state)
     return sizes.stored(stage).total
+
+
+def bundle_bytes(net: pae.Net, state: pae.State) -> int:
+    """Return the bytes of all tasks in one compact file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "all.safetensors"
+        pae.write_bundle(file, net, state)
+        return file.stat().st_size

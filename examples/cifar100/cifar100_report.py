@@ -172,6 +172,8 @@ def write(folder: Path, preset: str, results: list[dict[str, Any]], text: str) -
         "pruning": ("The pruning ladder of one task", pruning_curve(results)),
         "shares": ("Who owns the weights", shares(results)),
     }
-    command = "python examples/cifar100/cifar100_20tasks.py --preset " + preset + " --recipe all --seeds 0 1 2"
+    found = [{str(result[key]): None for result in results} for key in ("method", "seed")]
+    methods, seeds = (" ".join(sorted(names)) for names in found)
+    command = f"python examples/cifar100/cifar100_20tasks.py --preset {preset} --recipe {methods} --seeds {seeds}"
     facts = {"command": command, "summary": summary(results), "results": results}
     return write_page(folder / "report", f"CIFAR-100, {preset}", text, pictures, facts)

@@ -34,7 +34,7 @@ def collect(out: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
 def _row(way: str, seeds: list[list[dict[str, Any]]], tasks: Sequence[str]) -> dict[str, Any]:
     values = {key: np.asarray([[r[key] for r in runs] for runs in seeds]) for key in ("accuracy", "val", "seconds")}
     sizes = {key: float(np.mean([[r[key] for r in runs] for runs in seeds])) for key in ("stored", "trained")}
-    forgetting = [run["notes"].get("forgetting") for runs in seeds for run in runs]
+    forgetting = [run["notes"].get("forgetting") for runs in seeds for run in runs[:-1]]
     return {
         "way": way,
         "ours": way in pretrained_packing.WAYS,
@@ -45,7 +45,7 @@ def _row(way: str, seeds: list[list[dict[str, Any]]], tasks: Sequence[str]) -> d
         **sizes,
         "seconds": float(values["seconds"].mean()),
         # Ways that train nothing of an older task cannot forget.
-        "forgetting": 0.0 if None in forgetting else float(np.mean([value for value in forgetting[:-1]])),
+        "forgetting": 0.0 if None in forgetting else float(np.mean(forgetting)),
         "notes": [run["notes"] for run in seeds[0] if run["notes"]],
     }
 

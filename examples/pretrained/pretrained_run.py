@@ -102,7 +102,9 @@ def pack(name: str, experiment: Experiment, folder: Path) -> None:
 def _keep(folder: Path, way: str, result: Result) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
-    (folder / f"{result.task}.json").write_text(text, "utf-8")
+    aside = folder / f"{result.task}.tmp"  # a file that is there counts as finished, so it appears whole
+    aside.write_text(text, "utf-8")
+    aside.replace(folder / f"{result.task}.json")
     print(f"{way}: {result.task} {result.accuracy:.3f}, {result.stored:,} bytes, {result.seconds:.0f} s", flush=True)
 
 

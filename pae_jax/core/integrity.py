@@ -140,7 +140,7 @@ def _settings_digest(entry: TaskState) -> str:
 def verify(state: State) -> None:
     """Recompute the digest of every frozen task and compare.
 
-    A task's digest is SHA-256 over the positions and values of its own weights at its own width, its local
+    A task's digest is SHA-256 over the positions and values of its own weights at its own width, its picks, its local
     variables, its head and its settings, as they were when `freeze` was called. Of an array that is spread over
     devices, one block of rows at a time is in the memory of the host.
 

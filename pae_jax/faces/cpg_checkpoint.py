@@ -21,7 +21,7 @@ from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_vari
 from pae_jax.faces.placing import Entry
 from pae_jax.models import read_nested
 from pae_jax.nets import Net, check_net
-from pae_jax.trees import PARAMS, Tree, describe
+from pae_jax.trees import PARAMS, Tree, describe, listing
 
 # Dicts of a task's variables in `shared_layer_info`.
 _KINDS = (
@@ -46,7 +46,7 @@ def load_cpg_checkpoint(net: Net, path: str | Path) -> State:
     | `pae.models.resnet50` | `resnet50` | ImageNet to fine-grained |
     | `pae.models.SphereNet20`, 112 x 112 images | `spherenet20` | faces |
 
-    No checkpoint of the authors was at hand. The names and layouts are those of their code, and the format that of
+    Not tested on a checkpoint of the authors. The names and layouts are those of their code, and the format that of
     PyTorch; `verify` and the accuracy on your test data tell whether yours was read as it was meant.
 
     Args:
@@ -150,9 +150,9 @@ def _require_names(source: str, where: str, found: Mapping[str, Any], names: lis
     """Raise unless a dict has one entry for each layer."""
     missing, unexpected = [n for n in names if n not in found], [n for n in found if n not in names]
     if missing or unexpected:
-        text = f"{len(missing)} missing{placing.listing(missing)}, {len(unexpected)} unexpected"
+        text = f"{len(missing)} missing{listing(missing)}, {len(unexpected)} unexpected"
         expected = f"those of {len(names)} layers"
-        raise StructureError(source, where, text + placing.listing(unexpected), expected, "Is it another network?")
+        raise StructureError(source, where, text + listing(unexpected), expected, "Is it another network?")
 
 
 def _weights(file: _File) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

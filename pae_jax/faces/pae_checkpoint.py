@@ -19,7 +19,7 @@ from pae_jax.faces.packed_state import Frame, Member, assemble, frame, head_vari
 from pae_jax.faces.placing import STATS, Entry
 from pae_jax.faces.tensorflow_tensors import read_tensors
 from pae_jax.nets import Net, check_net
-from pae_jax.trees import PARAMS, Tree, describe, flatten
+from pae_jax.trees import PARAMS, Tree, describe, flatten, listing
 
 Sharing = Literal["all", "first"]
 _TASK = re.compile(r"task_([1-9]\d*)")
@@ -43,7 +43,7 @@ def load_pae_checkpoint(
     Weights that no task owns become 0. Norms and biases of a task are cut to its own width: the authors stretch those
     of older tasks with random numbers when they expand. Optimizer slots, steps and thresholds are not read.
 
-    No checkpoint of the authors was at hand. The names and layouts are those of their code, and the format that of
+    Not tested on a checkpoint of the authors. The names and layouts are those of their code, and the format that of
     TensorFlow; `verify` and the accuracy on your test data tell whether yours was read as it was meant.
 
     Args:
@@ -148,8 +148,8 @@ def _require_names(source: str, arrays: Mapping[str, Any], members: list[Member]
         name for name in arrays if name.startswith(f"{SCOPE}/") and name not in known and not _is_slot(name, known)
     ]
     if missing or unexpected:
-        found = f"{len(missing)} arrays missing{placing.listing(missing)}, "
-        found += f"{len(unexpected)} unexpected{placing.listing(unexpected)}"
+        found = f"{len(missing)} arrays missing{listing(missing)}, "
+        found += f"{len(unexpected)} unexpected{listing(unexpected)}"
         wanted = f"those of PAE's InceptionResnetV1 with {len(tasks)} tasks"
         hint = "FaceNet's own checkpoint, without masks, is read by load_facenet."
         raise StructureError(source, "", found, wanted, hint)

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from pae_jax.errors import DataError, StructureError
 from pae_jax.faces.naming import LAYERS
-from pae_jax.trees import PARAMS, Tree, describe, flatten
+from pae_jax.trees import PARAMS, Tree, describe, flatten, listing
 
 STATS = "batch_stats"
 
@@ -172,9 +172,3 @@ def _host(source: str, name: str, value: Any) -> np.ndarray:
         raise DataError(
             f"{source}: '{name}' is no plain array ({type(error).__name__}: {error}). Save it dense, in floats."
         ) from error
-
-
-def listing(names: list[str]) -> str:
-    """Return the first names of a list, to put behind their number."""
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""

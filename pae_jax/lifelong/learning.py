@@ -114,7 +114,7 @@ def _folder(state: State, task: Task) -> str:
 
 @dataclass(frozen=True)
 class Stream:
-    """What came of learning a stream of tasks.
+    """Results of a stream of tasks.
 
     Attributes:
       state: the network with all tasks that were added.
@@ -169,6 +169,13 @@ def learn_all(
 
     Returns:
       A `Stream`. It ends early at a task that could not be added.
+
+    Raises:
+      ArgumentError, DataError, StructureError: a task, goal, order or recipe that does not fit, before anything is
+        trained or written.
+      PhaseError: the newest task of the state is not frozen.
+      CheckpointError: the run was begun with other settings, or its folder cannot be read or written.
+      ProcessError: processes that learn together differ, or one of them failed.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae

@@ -201,7 +201,7 @@ class Ladder:
             check_number("gain", self.gain, 0.0)
             if self.choose == "last":
                 raise ArgumentError("gain= ends rungs that miss the goal, but choose='last' does not look at the goal")
-        if not 0.0 <= self.ramp <= self.phase.epochs:
+        if not 0.0 <= check_number("ramp", self.ramp) <= self.phase.epochs:
             raise ArgumentError(f"ramp must lie in 0..{self.phase.epochs} epochs of its phase, found {self.ramp}")
         climbs = self.misses is not None or self.floor is not None or self.of == "own"
         if self.search == "bisect" and (climbs or self.choose != "largest_meeting_goal"):

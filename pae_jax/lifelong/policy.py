@@ -28,7 +28,7 @@ class Status(enum.Enum):
     GOAL_MET = "goal met"
     """The validation metric reaches the goal, after pruning too."""
     GOAL_MISSED = "goal missed"
-    """The network could not grow any further; the task is kept all the same."""
+    """The kept stage misses the goal, before or after pruning; the task is kept."""
     NO_CAPACITY = "no capacity"
     """No free weight is left and the network may not grow; the task was not added."""
     DIVERGED = "diverged"

@@ -14,7 +14,6 @@ from pae_jax.lifelong.phases import Ladder as Ladder
 from pae_jax.lifelong.phases import Phase as Phase
 from pae_jax.lifelong.phases import Rate as Rate
 from pae_jax.lifelong.recipe import Recipe as Recipe
-from pae_jax.lifelong.recipe import plain as plain
 from pae_jax.training import Plateau
 
 _TENTHS = tuple(n / 10 for n in range(1, 10))
@@ -200,6 +199,9 @@ def piggyback(first: Recipe | None = None, *, ternary: bool = False) -> Recipe:
     Returns:
       A recipe.
 
+    Raises:
+      ArgumentError: `first` has a recipe of a first task of its own.
+
     Example:
       >>> import pae_jax as pae
       >>> pae.recipes.piggyback(ternary=True).picking.ternary
@@ -234,6 +236,9 @@ def supsup(share: float = 0.16) -> Recipe:
       head; they rank scores by magnitude. Here the model draws the weights, shares are equal, scores are ranked by
       value, and a task also trains its head, biases and norms. The epoch with the best validation metric is kept; the
       authors keep the last.
+
+    Raises:
+      ArgumentError: `share` is not in (0, 1].
 
     Example:
       >>> import pae_jax as pae
@@ -278,6 +283,9 @@ def wsn(share: float = 0.5) -> Recipe:
       the authors' code progress is that of the validation loss, training goes on from the present weights, and the
       tenth halving in all ends it.
 
+    Raises:
+      ArgumentError: `share` is not in (0, 1].
+
     Example:
       >>> import pae_jax as pae
       >>> pae.recipes.wsn(0.3).picking.top, pae.recipes.wsn().picking.own
@@ -314,6 +322,9 @@ def exssnet(share: float = 0.1) -> Recipe:
       trains its own head, biases and norms, scores are ranked by value, and unused weights are drawn anew. Each phase
       keeps its best epoch; the authors keep the best of both. The scores' rate is that of the weights, as in the
       authors' code; their command names 0.01, which it does not use.
+
+    Raises:
+      ArgumentError: `share` is not in (0, 1].
 
     Example:
       >>> import pae_jax as pae
@@ -356,6 +367,9 @@ def pretrained(budget: float | None = None, *, step: float = 0.0125, reuse: bool
       A recipe for a network whose first task is the pretrained one: `pae.from_variables`, `pae.pack(..., head=None)`,
       `pae.freeze`. A task starts with exactly the pretrained function.
 
+    Raises:
+      ArgumentError: `budget` is not in (0, 1].
+
     Example:
       >>> import pae_jax as pae
       >>> recipe = pae.recipes.pretrained(budget=0.005)
@@ -387,6 +401,9 @@ def finetune(head_epochs: int = 0) -> Recipe:
 
     Returns:
       A recipe with CPG's training: 100 epochs at 0.01, divided by 10 after 50 and 80.
+
+    Raises:
+      ArgumentError: `head_epochs` is not an integer of at least 0.
 
     Example:
       >>> import pae_jax as pae

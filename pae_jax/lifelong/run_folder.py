@@ -34,8 +34,8 @@ class Run:
     the order of the tasks of each stream, and TensorBoard scalars in `tensorboard/` if the package tensorboardX is
     installed.
 
-    The stages hold the truth, each with its checksum and with the settings that it was made with; `settings.json`,
-    `records.json` and `stages.csv` are made again from them where they are lost or damaged. Text is UTF-8 everywhere.
+    Each stage has its checksum and the settings that it was made with. All other files are made from the stages:
+    `settings.json`, `records.json` and `stages.csv` are made again where they are lost or damaged. Text is UTF-8.
     A run that would go on with another model, loss, data, recipe, key, network before the task, or with other numeric
     settings of JAX is refused by name. Not known are: batches of a factory or an iterator, what a measure reads from
     outside, the attributes of an object that a function has captured, XLA's flags, the machine, and the versions of

@@ -14,7 +14,7 @@ from flax import nnx
 from pae_jax.caching import program_text
 from pae_jax.core import State, find, integrity, names, spread_arrays
 from pae_jax.lifelong.describing import code_of, name_of, short
-from pae_jax.lifelong.recipes import plain
+from pae_jax.lifelong.recipe import plain
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
 from pae_jax.nets import Net, examples, heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from flax import traverse_util
 from pae_jax.errors import ArgumentError, DataError, StructureError
 from pae_jax.models.published import Entry, Naming, namings
 from pae_jax.models.weight_files import read_weights
-from pae_jax.trees import Tree, describe, flatten
+from pae_jax.trees import Tree, describe, flatten, listing
 
 
 class Weights(NamedTuple):
@@ -96,14 +96,9 @@ def _require_names(label: str, model: str, naming: Naming, found: Mapping[str, A
         if name not in asked and not name.startswith(allowed) and not name.endswith(".num_batches_tracked")
     ]
     if missing or extra:
-        text = f"{len(missing)} weights missing{_listing(missing)}, {len(extra)} unexpected{_listing(extra)}"
+        text = f"{len(missing)} weights missing{listing(missing)}, {len(extra)} unexpected{listing(extra)}"
         expected = f"all {len(asked)} weights of {model} as {naming.source} names them, and no others"
         raise StructureError(label, "", text, expected, "Are these the weights of another network, or of other sizes?")
-
-
-def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def _leaf(label: str, entry: Entry, array: Any, wanted: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from pae_jax import trees
 from pae_jax.caching import Cache
-from pae_jax.checks import check_kind, check_width, is_traced
+from pae_jax.checks import check_kind, check_width, is_traced, real_number
 from pae_jax.errors import ArgumentError, StructureError, kind_of
 from pae_jax.trees import PARAMS, Tree
 
@@ -287,9 +287,10 @@ def width_for(size_ratio: float) -> float:
 
     Source: Hung et al., "Packing and Expanding", ICMR 2019 (`filters_expand_ratio`).
     """
-    if not isinstance(size_ratio, (int, float, np.number)) or not (math.isfinite(size_ratio) and size_ratio > 0):
+    ratio = real_number(size_ratio)
+    if ratio is None or not (math.isfinite(ratio) and ratio > 0):
         raise ArgumentError(f"size_ratio must be positive and finite, found {size_ratio!r}")
-    return math.sqrt(size_ratio)
+    return math.sqrt(ratio)
 
 
 def _initial_shapes(program: Program, sample: Tree) -> dict[str, Tree]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax.core import meta, unfreeze
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.nets.network import Net
 from pae_jax.nets.nnx import variables_of
-from pae_jax.trees import PARAMS, Tree, describe, flatten, merge, require_match
+from pae_jax.trees import PARAMS, Tree, describe, flatten, listing, merge, require_match
 
 
 def plain_variables(variables: Any) -> dict[str, Tree]:
@@ -109,11 +109,6 @@ def _advice(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         return "To cast floating leaves, pass dtype=, such as dtype=jnp.float32."
     text = "The variables must come from the same model at the same width."
     if len(missing) + len(extra) > 1:
-        counts = f"{len(missing)} leaves are missing{_listing(missing)} and {len(extra)} unexpected{_listing(extra)}"
+        counts = f"{len(missing)} leaves are missing{listing(missing)} and {len(extra)} unexpected{listing(extra)}"
         text = f"In all {counts}. {text}"
     return text
-
-
-def _listing(paths: Sequence[str]) -> str:
-    shown = ", ".join(repr(path) for path in paths[:3])
-    return f" ({shown}{', ...' if len(paths) > 3 else ''})" if paths else ""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pae_jax.errors import UnknownTaskError
+from pae_jax.reports.page import text_table
 from pae_jax.trees import Tree
 
 MB = 2**20
@@ -54,14 +55,8 @@ class Sizes:
         rows = [*self.rows, {"part": "total", "bytes": self.total}]
         cells = [["", *(unit if key == "bytes" else key.replace("_", " ") for key in keys)]]
         cells += [[row["part"], *(f"{row[key] / size:,.3f}" if key in row else "" for key in keys)] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         head = f"{self.kind}: {self.what}, in {unit}"
-        return "\n".join([head, *(_line(line, widths) for line in cells), *(f"- {note}" for note in self.notes)])
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    numbers = (f"  {cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
-    return f"{cells[0]:<{widths[0]}}{''.join(numbers)}".rstrip()
+        return "\n".join([head, text_table(cells[0], cells[1:]), *(f"- {note}" for note in self.notes)])
 
 
 def itemsize(leaf: Any) -> int:

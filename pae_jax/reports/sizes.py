@@ -98,13 +98,14 @@ def stored_estimate(state: State) -> Sizes:
       - with tasks, free weights count nothing but their place in the owner map
     """
     check_state(state)
-    weights = _owned_bytes(state)
+    counts = ownership.owner_counts(state)
+    weights = _owned_bytes(state, counts)
     rows = []
     for name in names(state):
         entry = state.tasks[name]
         parts = {
             "weights": int(weights[entry.id]),
-            "picks": _pick_bytes(state, entry),
+            "picks": _pick_bytes(entry, counts),
             "local": nbytes(entry.local),
             "head": nbytes(entry.head),
         }
@@ -148,7 +149,7 @@ def deployed(state: State, task: str) -> Sizes:
       [{'part': 'age', 'own': 640, 'older': 0, 'mask': 40, 'local': 128, 'head': 136, 'bytes': 944}]
     """
     entry = find(state, task)
-    owner_bytes = _owned_bytes(state)
+    owner_bytes = _owned_bytes(state, ownership.owner_counts(state))
     masks = flatten(ownership.masks(state, task))
     visible = sum(
         int(spread_arrays.whole(masks[path]).sum()) * itemsize(leaf) for path, leaf in flatten(state.shared).items()
@@ -229,17 +230,16 @@ def dense_networks(net: Net, tasks: State | Mapping[str, Any], *, width: float =
     return Sizes("dense", f"{len(rows)} separate networks at width {width:.3g}", rows)
 
 
-def _owned_bytes(state: State) -> np.ndarray:
+def _owned_bytes(state: State, counts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the bytes of the weights of each owner, int64 of shape (tasks + 1,), free ones first."""
-    counts = ownership.owner_counts(state)
     return np.sum([counts[path] * itemsize(leaf) for path, leaf in flatten(state.shared).items()], axis=0)
 
 
-def _pick_bytes(state: State, entry: TaskState) -> int:
+def _pick_bytes(entry: TaskState, counts: Mapping[str, np.ndarray]) -> int:
     if entry.pick is None or entry.picking is None:
         return 0
     last = entry.id + (entry.seeing == "masked")
-    older = sum(int(counts[1:last].sum()) for counts in ownership.owner_counts(state).values())
+    older = sum(int(leaf[1:last].sum()) for leaf in counts.values())
     if not entry.frozen:
         return older * _SCORE
     return -(-older // 8) * (2 if entry.picking.ternary else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -145,10 +146,11 @@ def trained(
     """Do the work of `fit` on checked arguments."""
     for part in parts:
         check_choice("parts", part, PARTS)
-    data, schedule = training.data, training.pruning
-    training.devices.check_batch(data.size(batch_size)) if data.arrays is not None else None
+    data = training.data
+    if data.arrays is not None:
+        training.devices.check_batch(data.size(batch_size))
     shuffle_key, step_key = jax.random.split(training.key)
-    training = _with(training, key=shuffle_key)
+    training = dataclasses.replace(training, key=shuffle_key)
     if resume is None:
         ts = TrainState.create(
             training.form.net, training.state, training.task, tx=optimizer, key=step_key, parts=parts
@@ -164,18 +166,9 @@ def trained(
                 f"an optimizer with {kind.__name__} moves weights that are not those to keep; fit does not know when "
                 "to look. Write the step yourself with pae.TrainState."
             )
-    if schedule is not None and data.steps is not None and data.arrays is not None:
-        last = int(ts.step) + data.steps * training.epochs
-        if schedule.end > last:
-            raise ArgumentError(
-                f"pruning ends at step {schedule.end}, but {training.epochs} epochs of {data.steps} steps end at "
-                f"{last}; its final fraction would not be reached. Lower `end` or train longer."
-            )
+    if data.steps is not None and data.arrays is not None:
+        training.require_reached(int(ts.step), data.steps)
     return training.run(ts, resume)
-
-
-def _with(training: Training, **changes: Any) -> Training:
-    return Training(**{**training.__dict__, **changes})
 
 
 def _keep(keep: Any, validated: bool) -> Best | None:

@@ -118,6 +118,15 @@ class Training:
         start = before if before is not None else History((), 0)
         return _Loop(self, ts, start).run()
 
+    def require_reached(self, begun: int, in_an_epoch: int) -> None:
+        """Raise `ArgumentError` if the pruning schedule ends after the last of so many steps an epoch."""
+        planned = begun + in_an_epoch * self.epochs
+        if self.pruning is not None and self.pruning.end > planned:
+            raise ArgumentError(
+                f"pruning ends at step {self.pruning.end}, but {self.epochs} epochs of {in_an_epoch} steps end at "
+                f"{planned}; its final fraction would not be reached. Lower `end` or train longer."
+            )
+
 
 class _Loop:
     """The mutable state of a training."""
@@ -166,7 +175,7 @@ class _Loop:
                 stopped = self._epoch(epoch, bar)
                 row = self._row(epoch, max(self.taken - count, 1))
                 if epoch == self.first and not stopped:
-                    self._require_reached(self.taken - count)
+                    self.of.require_reached(self.begun, self.taken - count)
                 self.rows.append(row)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"})
                 self.carry = self.carry._replace(sums=of.devices.place(steps.no_sums(self.objective)))
@@ -260,15 +269,6 @@ class _Loop:
         targets = jnp.where(self.carry.bad_step < 0, targets, 0)
         ts = self.carry.ts.pruned_to(targets, self.of.pruning.scope)
         self.carry = self.carry._replace(ts=self.of.devices.place(ts))
-
-    def _require_reached(self, in_an_epoch: int) -> None:
-        of = self.of
-        planned = self.begun + in_an_epoch * of.epochs
-        if of.pruning is not None and of.pruning.end > planned:
-            raise ArgumentError(
-                f"pruning ends at step {of.pruning.end}, but {of.epochs} epochs of {in_an_epoch} steps end at "
-                f"{planned}; its final fraction would not be reached. Lower `end` or train longer."
-            )
 
     def _finish_pruning(self) -> None:
         """Prune to the final fraction if an epoch was shorter than the first one, or training was stopped."""

@@ -158,7 +158,7 @@ def test_prune_all_leaves_the_older_task_alone_and_the_newest_nothing():
     np.testing.assert_array_equal(state.owner["w"], np.where(ids == 1, 1, 0))
 
 
-@pytest.mark.parametrize("fraction", [-0.001, 1.001, 50, math.nan, math.inf, -math.inf, "half", None])
+@pytest.mark.parametrize("fraction", [-0.001, 1.001, 50, math.nan, math.inf, -math.inf, "half", "0.5", True, None])
 def test_prune_refuses_a_fraction_outside_zero_to_one_and_says_what_a_fraction_is(packed, fraction):
     with pytest.raises(pae.ArgumentError, match=r"fraction must .*\[0, 1\]"):
         pae.prune(packed, "a", fraction)

@@ -30,12 +30,12 @@ def test_a_size_ratio_that_is_not_positive_and_finite_is_refused(ratio):
         pae.width_for(ratio)
 
 
-@pytest.mark.parametrize("value", ["2", None, [1.0]], ids=str)
+@pytest.mark.parametrize("value", ["2", None, [1.0], True, np.bool_(True)], ids=repr)
 def test_a_width_or_ratio_that_is_no_number_is_refused_with_a_typed_error(net, value):
     with pytest.raises(pae.ArgumentError, match="size_ratio"):
         pae.width_for(value)
     with pytest.raises(pae.ArgumentError, match="width"):
-        pae.init(net, jax.random.key(0), width=value if value != "2" else "wide")
+        pae.init(net, jax.random.key(0), width=value)
 
 
 def test_a_layout_is_abstract_and_made_once(vector_module, compilations):
