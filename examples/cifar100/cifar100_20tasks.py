@@ -34,8 +34,7 @@ import jax
 import jax.numpy as jnp
 
 import pae_jax as pae
-from pae_jax import data
-from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd
+from pae_jax import data, recipes
 from pae_jax.reports import sizes
 
 RECIPES = ("pae", "cpg", "packnet", "piggyback", "wsn", "supsup", "exssnet")
@@ -57,7 +56,7 @@ class Preset:
     model: Callable[[float], Any]
     tasks: int
     val_fraction: float
-    recipes: dict[str, Recipe]
+    recipes: dict[str, pae.Recipe]
 
 
 def small() -> Preset:
@@ -72,20 +71,20 @@ def medium() -> Preset:
     return Preset("medium", model, tasks=20, val_fraction=0.2, recipes=_compact(20, gain=0.05))
 
 
-def _compact(epochs: int, gain: float | None = None) -> dict[str, Recipe]:
+def _compact(epochs: int, gain: float | None = None) -> dict[str, pae.Recipe]:
     """Return the recipes of the CPU protocols, which train as long as each other and by one optimizer per kind."""
-    sgd = Sgd(momentum=0.9, nesterov=True, weight_decay=5e-4, decayed=("shared", "head"))
-    own = Phase(epochs, Rate(0.05, cosine=True), sgd)
-    rung = Phase(4, Rate(0.02, cosine=True), sgd)
-    ladder = Ladder((0.4, 0.6, 0.8, 0.9), rung, ramp=2.0, misses=2, gain=gain)
-    finetune = Recipe("finetune", own, batch_size=64)
+    sgd = recipes.Sgd(momentum=0.9, nesterov=True, weight_decay=5e-4, decayed=("shared", "head"))
+    own = recipes.Phase(epochs, recipes.Rate(0.05, cosine=True), sgd)
+    rung = recipes.Phase(4, recipes.Rate(0.02, cosine=True), sgd)
+    ladder = recipes.Ladder((0.4, 0.6, 0.8, 0.9), rung, ramp=2.0, misses=2, gain=gain)
+    finetune = pae.Recipe("finetune", own, batch_size=64)
     pae_recipe = dataclasses.replace(
         finetune,
         name="pae",
         ladder=ladder,
         goal="baseline",
         tolerance=0.02,  # the rule of one standard error: Breiman et al., CART, 1984
-        expansion=Expansion(0.5, 2.0),
+        expansion=recipes.Expansion(0.5, 2.0),
         local_init="newest",
     )
     return {
@@ -94,15 +93,15 @@ def _compact(epochs: int, gain: float | None = None) -> dict[str, Recipe]:
         "cpg": dataclasses.replace(
             pae_recipe,
             name="cpg",
-            train=dataclasses.replace(own, pick_rate=Rate(2e-3, cosine=True)),
-            retrain=dataclasses.replace(rung, pick_rate=Rate(5e-4)),
-            expansion=Expansion(0.5, 1.5),
+            train=dataclasses.replace(own, pick_rate=recipes.Rate(2e-3, cosine=True)),
+            retrain=dataclasses.replace(rung, pick_rate=recipes.Rate(5e-4)),
+            expansion=recipes.Expansion(0.5, 1.5),
             sharing="picked",
         ),
         "packnet": dataclasses.replace(
             finetune,
             name="packnet",
-            ladder=Ladder((0.6,), dataclasses.replace(rung, epochs=8), ramp=0.0, choose="last"),
+            ladder=recipes.Ladder((0.6,), dataclasses.replace(rung, epochs=8), ramp=0.0, choose="last"),
             local_init="newest",
             allow_empty=True,
         ),
@@ -110,19 +109,21 @@ def _compact(epochs: int, gain: float | None = None) -> dict[str, Recipe]:
     }
 
 
-def _masks(epochs: int, finetune: Recipe) -> dict[str, Recipe]:
+def _masks(epochs: int, finetune: pae.Recipe) -> dict[str, pae.Recipe]:
     """Return the published recipes that learn masks, in fewer epochs, with rates that fall to 0 over them."""
-    picks, rate = Rate(2e-3, cosine=True), Rate(2e-3, cosine=True)
-    piggyback, wsn = pae.recipes.piggyback(finetune), pae.recipes.wsn(0.3)
-    supsup, exssnet = pae.recipes.supsup(0.3), pae.recipes.exssnet(0.3)
+    picks, rate = recipes.Rate(2e-3, cosine=True), recipes.Rate(2e-3, cosine=True)
+    piggyback, wsn = recipes.piggyback(finetune), recipes.wsn(0.3)
+    supsup, exssnet = recipes.supsup(0.3), recipes.exssnet(0.3)
     scores, weights = exssnet.head_first, exssnet.train
     assert scores is not None
     half = {"epochs": epochs // 2, "rate": rate}
     return {
         "piggyback": dataclasses.replace(
-            piggyback, train=Phase(epochs, picks, Adam(), pick_rate=picks, parts=("head",)), batch_size=64
+            piggyback,
+            train=recipes.Phase(epochs, picks, recipes.Adam(), pick_rate=picks, parts=("head",)),
+            batch_size=64,
         ),
-        "wsn": dataclasses.replace(wsn, train=Phase(epochs, rate, Adam(), pick_rate=rate)),
+        "wsn": dataclasses.replace(wsn, train=recipes.Phase(epochs, rate, recipes.Adam(), pick_rate=rate)),
         "supsup": dataclasses.replace(
             supsup, train=dataclasses.replace(supsup.train, epochs=epochs, rate=rate, pick_rate=rate), batch_size=64
         ),
@@ -136,23 +137,23 @@ def _masks(epochs: int, finetune: Recipe) -> dict[str, Recipe]:
 
 def paper() -> Preset:
     """Return the published protocol; its PAE is CPG without picks and retraining, to twice the size."""
-    cpg = pae.recipes.cpg()
+    cpg = recipes.cpg()
     return Preset(
         name="paper",
         model=lambda width: pae.models.VGG16(width=width),
         tasks=20,
         val_fraction=0.1,
         recipes={
-            "own": pae.recipes.finetune(),
+            "own": recipes.finetune(),
             "cpg": cpg,
             "pae": dataclasses.replace(
-                cpg, name="pae", retrain=None, expansion=Expansion(0.5, 2.0), sharing="all", picking=None
+                cpg, name="pae", retrain=None, expansion=recipes.Expansion(0.5, 2.0), sharing="all", picking=None
             ),
-            "packnet": pae.recipes.packnet(),
-            "piggyback": pae.recipes.piggyback(),
-            "wsn": pae.recipes.wsn(),
-            "supsup": pae.recipes.supsup(),
-            "exssnet": pae.recipes.exssnet(),
+            "packnet": recipes.packnet(),
+            "piggyback": recipes.piggyback(),
+            "wsn": recipes.wsn(),
+            "supsup": recipes.supsup(),
+            "exssnet": recipes.exssnet(),
         },
     )
 
@@ -192,7 +193,9 @@ class Stream:
         )
 
 
-def run_recipe(stream: Stream, method: str, recipe: Recipe, folder: Path, goals: dict[str, float]) -> dict[str, Any]:
+def run_recipe(
+    stream: Stream, method: str, recipe: pae.Recipe, folder: Path, goals: dict[str, float]
+) -> dict[str, Any]:
     """Learn all tasks by a recipe; return the results as a dict."""
     run = pae.Run(folder)
     state = pae.init(stream.net, jax.random.fold_in(stream.key, 1))

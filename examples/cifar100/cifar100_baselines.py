@@ -22,8 +22,7 @@ import numpy as np
 import optax
 
 import pae_jax as pae
-from pae_jax import data
-from pae_jax.lifelong.recipes import Phase, Recipe
+from pae_jax import data, recipes
 from pae_jax.lifelong.session import stage_key
 from pae_jax.models.conv import Conv
 from pae_jax.reports import sizes
@@ -32,7 +31,7 @@ METHODS = ("separate", "sequential", "joint", "frozen", "lora")
 RANK = 4
 
 
-def run(method: str, stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def run(method: str, stream: Any, recipe: pae.Recipe, folder: Path) -> dict[str, Any]:
     """Run a baseline with the training of a recipe; return the results as a dict."""
     found = {
         "separate": _separate,
@@ -44,7 +43,7 @@ def run(method: str, stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any
     return {"method": method, "tasks": [stream.splits.names[i] for i in range(len(stream))], **found}
 
 
-def _separate(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _separate(stream: Any, recipe: pae.Recipe, folder: Path) -> dict[str, Any]:
     run, goals = pae.Run(folder), {}
     for i in range(len(stream)):
         task = stream[i]
@@ -60,7 +59,7 @@ def _separate(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _sequential(stream: Any, recipe: pae.Recipe, folder: Path) -> dict[str, Any]:
     """Train the same weights, norms included, on task after task; older heads stay and get changed features."""
     net, matrix, heads_of = stream.net, np.full((len(stream), len(stream)), np.nan), []
     state = start = pae.init(net, jax.random.fold_in(stream.key, 1))
@@ -85,7 +84,7 @@ def _sequential(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _joint(stream: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _joint(stream: Any, recipe: pae.Recipe, folder: Path) -> dict[str, Any]:
     """Train on all tasks at once; each example is classified among the classes of its own task only."""
     splits = [stream.splits[i] for i in range(len(stream))]
     classes = len(splits[0].classes)
@@ -136,7 +135,7 @@ class _OwnClasses:
         return jnp.take_along_axis(groups, (jnp.asarray(y) // self.classes)[:, None, None], axis=1)[:, 0]
 
 
-def _fixed(stream: Any, recipe: Recipe, folder: Path, *, parts: Any, net: pae.Net) -> dict[str, Any]:
+def _fixed(stream: Any, recipe: pae.Recipe, folder: Path, *, parts: Any, net: pae.Net) -> dict[str, Any]:
     """Freeze the network of the first task; later tasks train some parts of their own."""
     rest = dataclasses.replace(recipe.train, parts=parts)
     fixed = dataclasses.replace(recipe, train=rest, local_init="newest", allow_empty=True, first=recipe)
@@ -187,7 +186,7 @@ def _with_adapters(stream: Any) -> pae.Net:
     return pae.linen(build, jnp.zeros((1, 32, 32, 3)), packable=packable)
 
 
-def _trained(net: pae.Net, start: pae.State, task: pae.Task, recipe: Recipe, key: jax.Array) -> pae.State:
+def _trained(net: pae.Net, start: pae.State, task: pae.Task, recipe: pae.Recipe, key: jax.Array) -> pae.State:
     """Pack a task into a network and train it by the recipe's first phase."""
     pack_key, fit_key = jax.random.split(key)
     state = pae.pack(net, start, task.name, head=task.head, key=pack_key)
@@ -214,7 +213,7 @@ def _trained(net: pae.Net, start: pae.State, task: pae.Task, recipe: Recipe, key
 
 
 @functools.cache
-def _optimizer(phase: Phase, steps: int) -> optax.GradientTransformation:
+def _optimizer(phase: recipes.Phase, steps: int) -> optax.GradientTransformation:
     """Return the optimizer of a phase with its learning rates, one object for all tasks."""
     rate = phase.rate.schedule(phase.epochs, steps)
     rates = np.asarray([rate(step) for step in range(phase.epochs * steps)], np.float32)

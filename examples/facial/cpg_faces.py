@@ -35,9 +35,9 @@ from facial_modules_folders import folders
 from facial_modules_presets import Preset
 
 import pae_jax as pae
+from pae_jax import recipes
 from pae_jax.errors import ArgumentError, PaeError
 from pae_jax.faces.losses import AngularHead, ASoftmax
-from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Plateau, Rate, Recipe
 from pae_jax.reports import text_table
 
 FACE = "face"
@@ -49,14 +49,19 @@ PUBLISHED = {FACE: (99.42, 99.30), "gender": (90.80, 89.66), "expression": (62.5
 RUNGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def recipe(task: str) -> Recipe:
+def recipe(task: str) -> pae.Recipe:
     """Return the settings of CPG's scripts for a task."""
     epochs, every = (10, 1000) if task == FACE else (20, 100)
-    return Recipe(
+    return pae.Recipe(
         "cpg",
-        Phase(100, Rate(RATES[task]), plateau=Plateau(10, 0.1, 3, pick_factor=0.2), pick_rate=Rate(5e-4)),
+        recipes.Phase(
+            100,
+            recipes.Rate(RATES[task]),
+            plateau=recipes.Plateau(10, 0.1, 3, pick_factor=0.2),
+            pick_rate=recipes.Rate(5e-4),
+        ),
         batch_size=128,
-        ladder=Ladder(RUNGS, Phase(epochs, Rate(5e-4)), ramp=4.0, every=every, misses=1),
+        ladder=recipes.Ladder(RUNGS, recipes.Phase(epochs, recipes.Rate(5e-4)), ramp=4.0, every=every, misses=1),
         tolerance=MARGINS[task],
         goal=0.0,  # takes the place of what `learn` is given: the own network's value
         sharing="picked",
@@ -66,15 +71,19 @@ def recipe(task: str) -> Recipe:
     )
 
 
-def own(task: str) -> Recipe:
+def own(task: str) -> pae.Recipe:
     """Return the settings of a task's own network."""
-    return Recipe("own", Phase(100, Rate(OWN_RATES[task]), plateau=Plateau(10, 0.1, 3)), batch_size=128)
+    return pae.Recipe(
+        "own", recipes.Phase(100, recipes.Rate(OWN_RATES[task]), plateau=recipes.Plateau(10, 0.1, 3)), batch_size=128
+    )
 
 
-def short(full: Recipe, epochs: int) -> Recipe:
+def short(full: pae.Recipe, epochs: int) -> pae.Recipe:
     """Return a recipe with few epochs, two rungs and Adam, for little data."""
-    train = Phase(epochs, Rate(1e-3, cosine=True), Adam(), pick_rate=full.train.pick_rate)
-    ladder = full.ladder and Ladder((0.3, 0.5), Phase(epochs, Rate(3e-4), Adam()), every=5, misses=1)
+    train = recipes.Phase(epochs, recipes.Rate(1e-3, cosine=True), recipes.Adam(), pick_rate=full.train.pick_rate)
+    ladder = full.ladder and recipes.Ladder(
+        (0.3, 0.5), recipes.Phase(epochs, recipes.Rate(3e-4), recipes.Adam()), every=5, misses=1
+    )
     return dataclasses.replace(full, train=train, ladder=ladder, batch_size=32)
 
 
@@ -86,7 +95,7 @@ class Protocol:
     features: int = 512
     epochs: int | None = None
 
-    def recipes(self, task: str) -> tuple[Recipe, Recipe]:
+    def recipes(self, task: str) -> tuple[pae.Recipe, pae.Recipe]:
         """Return the recipe of a task and that of its own network."""
         both = recipe(task), own(task)
         return both if self.epochs is None else (short(both[0], self.epochs), short(both[1], self.epochs))

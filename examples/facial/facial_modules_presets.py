@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pae_jax as pae
+from pae_jax import recipes
 from pae_jax.faces import graphdef
-from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Rate, Recipe
 
 Experiment = Literal[1, 2, "cpg"]
 # The tasks after the face task, in order; "cpg" is the experiment with faces of CPG.
@@ -17,7 +17,7 @@ ORDER: dict[Experiment, tuple[str, ...]] = {
     2: ("expression", "gender"),
     "cpg": ("gender", "expression", "age"),
 }
-HEAD = Phase(3, Rate(1e-2), keep="last", parts=("head",))  # as in the paper's baselines
+HEAD = recipes.Phase(3, recipes.Rate(1e-2), keep="last", parts=("head",))  # as in the paper's baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Preset:
     weights: str | None
     size: int
     stored: int
-    recipe: Recipe
-    own: Recipe
+    recipe: pae.Recipe
+    own: pae.Recipe
     faces: tuple[int | None, int | None, int | None] = (None, None, None)
     expressions: tuple[int | None, int | None, int | None] = (None, None, None)
     people: tuple[int, int] = (20, 10)
@@ -57,12 +57,12 @@ class Preset:
     identity: float = 0.1
     sample: int = 512
     val_identities: int = 100
-    grown: Recipe | None = None
+    grown: pae.Recipe | None = None
     experiment: Experiment = 1
     keep: Literal["frozen", "all"] = "frozen"
 
     @property
-    def recipes(self) -> dict[str, Recipe | None]:
+    def recipes(self) -> dict[str, pae.Recipe | None]:
         """The recipes by the names of their fields."""
         return {"recipe": self.recipe, "own": self.own, "grown": self.grown}
 
@@ -83,19 +83,25 @@ def local(
     """Return the protocol for a CPU: fewer and smaller faces, short training, small steps of the pretrained network."""
     # Norms are not trained: their running statistics, with momentum 0.995, would not converge in so few steps.
     parts = ("shared", "head")
-    train = Phase(epochs, Rate(2e-4, cosine=True), Adam(), parts=parts)
+    train = recipes.Phase(epochs, recipes.Rate(2e-4, cosine=True), recipes.Adam(), parts=parts)
     # At a rate of 2e-4 the first two steps take the network further from the unpruned one than pruning does.
-    face_rung = Phase(1, Rate(3e-5, cosine=True), Adam(), parts=parts)
+    face_rung = recipes.Phase(1, recipes.Rate(3e-5, cosine=True), recipes.Adam(), parts=parts)
     # The area under the curve on the validation people may fall by a quarter of a point.
-    ladder = Ladder((0.2, 0.4, 0.5), face_rung, ramp=0.5, every=5, misses=1)
+    ladder = recipes.Ladder((0.2, 0.4, 0.5), face_rung, ramp=0.5, every=5, misses=1)
     # After SGD at 1e-2 for the head, a separate network tells 0.37 of the validation expressions; after this, 0.53.
-    head = dataclasses.replace(HEAD, rate=Rate(3e-3, cosine=True), optimizer=Adam())
-    face = Recipe("face", head, ladder=ladder, goal=0.0, tolerance=0.0025)
-    own = Recipe("finetune", train, head_first=dataclasses.replace(head, epochs=2))
+    head = dataclasses.replace(HEAD, rate=recipes.Rate(3e-3, cosine=True), optimizer=recipes.Adam())
+    face = pae.Recipe("face", head, ladder=ladder, goal=0.0, tolerance=0.0025)
+    own = pae.Recipe("finetune", train, head_first=dataclasses.replace(head, epochs=2))
     recipe = dataclasses.replace(
         own,
         name="pae",
-        ladder=Ladder(rungs, Phase(2, Rate(5e-5, cosine=True), Adam(), parts=parts), ramp=0.5, every=5, misses=2),
+        ladder=recipes.Ladder(
+            rungs,
+            recipes.Phase(2, recipes.Rate(5e-5, cosine=True), recipes.Adam(), parts=parts),
+            ramp=0.5,
+            every=5,
+            misses=2,
+        ),
         goal="baseline",
         tolerance=0.005,
         local_init="newest",
@@ -112,11 +118,11 @@ def paper(experiment: Literal[1, 2] = 1) -> Preset:
 
     The separate networks start from FaceNet, head first, and train at 0.01 in experiment 1 and 0.002 in experiment 2.
     """
-    recipe = pae.recipes.pae(experiment=experiment)
+    recipe = recipes.pae(experiment=experiment)
     head = dataclasses.replace(HEAD, optimizer=recipe.train.optimizer)
-    own = recipe.train if experiment == 1 else dataclasses.replace(recipe.train, rate=Rate(2e-3))
-    rungs = pae.recipes.pae(experiment=1).ladder
-    face = Recipe("face", dataclasses.replace(head, epochs=1), batch_size=recipe.batch_size, ladder=rungs)
+    own = recipe.train if experiment == 1 else dataclasses.replace(recipe.train, rate=recipes.Rate(2e-3))
+    rungs = recipes.pae(experiment=1).ladder
+    face = pae.Recipe("face", dataclasses.replace(head, epochs=1), batch_size=recipe.batch_size, ladder=rungs)
     return Preset(
         "paper",
         pae.models.InceptionResnetV1,
@@ -124,8 +130,8 @@ def paper(experiment: Literal[1, 2] = 1) -> Preset:
         160,
         182,
         dataclasses.replace(recipe, first=face),
-        Recipe("finetune", own, recipe.batch_size, head_first=head),
-        grown=pae.recipes.pae(experiment=2, expanded=True) if experiment == 2 else None,
+        pae.Recipe("finetune", own, recipe.batch_size, head_first=head),
+        grown=recipes.pae(experiment=2, expanded=True) if experiment == 2 else None,
         experiment=experiment,
         keep="all",
     )

@@ -9,11 +9,11 @@ from typing import Any
 from facial_modules_presets import local
 
 import pae_jax as pae
+from pae_jax import recipes
 from pae_jax.faces import graphdef
-from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Rate, Recipe
 
 # An inference graph has no means of its norms, so norms are not trained.
-RUNG = Phase(1, Rate(5e-5, cosine=True), Adam(), parts=("shared",))
+RUNG = recipes.Phase(1, recipes.Rate(5e-5, cosine=True), recipes.Adam(), parts=("shared",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,13 @@ class Settings:
     again: int | None = None
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> pae.Recipe:
         """Recipe of the tasks; its `first` prunes the face task."""
         # The area under the curve of the choosing people may fall by a quarter of a point.
-        ladder = Ladder(self.rungs, RUNG, ramp=0.5, every=5)
-        first = Recipe("face", Phase(0, Rate(0.0), Adam()), ladder=ladder, goal=0.0, tolerance=0.0025)
+        ladder = recipes.Ladder(self.rungs, RUNG, ramp=0.5, every=5)
+        first = pae.Recipe(
+            "face", recipes.Phase(0, recipes.Rate(0.0), recipes.Adam()), ladder=ladder, goal=0.0, tolerance=0.0025
+        )
         later = local(epochs=self.epochs[0], rungs=(0.4,)).recipe
         assert later.ladder is not None
         phase = dataclasses.replace(later.ladder.phase, epochs=self.epochs[1])
