@@ -21,7 +21,7 @@ from pae_jax.training.evaluation import EVAL_BATCH
 from pae_jax.training.loop import History, Row, Training
 from pae_jax.training.losses import Loss, LossPer, Values, objective
 from pae_jax.training.sharding import Devices, devices_of
-from pae_jax.training.train_state import PARTS, TrainState
+from pae_jax.training.train_state import PARTS, TrainState, created_like
 from pae_jax.trees import abstract, flatten, require_match
 
 _BEYOND_FIT = (optax.LookaheadState, optax.contrib.SAMState, optax.contrib.ScheduleFreeState)
@@ -199,7 +199,7 @@ def _resumed(
                 f"the state was pruned or packed since that fit: owners of '{path}' differ. Start a new fit without "
                 "resume=."
             )
-    fresh = ts.again(training.form.net, training.state, training.task, optimizer, step_key, parts)
+    fresh = created_like(ts, training.form.net, training.state, training.task, optimizer, step_key, parts)
     hint = "resume= goes on with the same optimizer, parts and head."
     for part in ("params", "variables", "opt_state"):
         require_match(f"history.{part}", abstract(getattr(ts, part)), abstract(getattr(fresh, part)), hint)

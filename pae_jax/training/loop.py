@@ -15,13 +15,14 @@ from pae_jax.core import CubicSchedule, State, pruning, spread_arrays
 from pae_jax.errors import ArgumentError, DivergedError, TrainingInterrupted
 from pae_jax.nets import as_inputs
 from pae_jax.progress import progress_bar
-from pae_jax.training import steps
+from pae_jax.training import gated, steps
 from pae_jax.training.batches import Feed, Form
 from pae_jax.training.choice import Best, Progress
 from pae_jax.training.evaluation import Evaluation
 from pae_jax.training.losses import Objective
 from pae_jax.training.sharding import Devices
 from pae_jax.training.steps import Carry
+from pae_jax.training.task_arrays import model_variables
 from pae_jax.training.train_state import TrainState
 from pae_jax.trees import Tree, abstract
 
@@ -267,7 +268,7 @@ class _Loop:
         targets = jnp.asarray(pruning.rounded(fraction, self.room))
         # A bad step also ends the pruning; the device checks this without host synchronisation.
         targets = jnp.where(self.carry.bad_step < 0, targets, 0)
-        ts = self.carry.ts.pruned_to(targets, self.of.pruning.scope)
+        ts = gated.pruned_to(self.carry.ts, targets, self.of.pruning.scope)
         self.carry = self.carry._replace(ts=self.of.devices.place(ts))
 
     def _finish_pruning(self) -> None:
@@ -284,7 +285,7 @@ class _Loop:
             raise DivergedError(of.task, bad, self._state(carry.ts), History(tuple(self.rows), epoch))
         if of.val is not None:
             ts = self._alone(carry.ts)
-            scores = self.evaluation.run(*ts.model_variables(ts.params), of.val)
+            scores = self.evaluation.run(*model_variables(ts, ts.params), of.val)
             row |= {f"val_{name}": value for name, value in scores.items() if name != "count"}
         if of.keep is not None and of.keep.score is not None:
             row["score"] = float(of.keep.score(self._state(carry.ts)))
@@ -319,4 +320,4 @@ class _Loop:
 
     def _state(self, ts: TrainState) -> State:
         """Return a network whose arrays are on the devices of the given ones."""
-        return self.of.devices.put_back(ts.as_state(self.of.state), self.of.state)
+        return self.of.devices.put_back(gated.as_state(ts, self.of.state), self.of.state)

@@ -16,9 +16,11 @@ from pae_jax.checks import check_count, check_key
 from pae_jax.core import State, WeightInit, check_state, find, pack
 from pae_jax.errors import DataError
 from pae_jax.nets import Net, as_inputs, check_net
+from pae_jax.training import gated
 from pae_jax.training.batches import Augment, Feed, Form, feed, form
 from pae_jax.training.losses import Loss, LossPer, Objective, objective
 from pae_jax.training.steps import key_of
+from pae_jax.training.task_arrays import whole_leaves
 from pae_jax.training.train_state import TrainState
 from pae_jax.trees import Tree, abstract, flatten
 
@@ -110,7 +112,7 @@ def scores_of(
         x = as_inputs(form.net, x) if form.augment is None else jax.tree.map(jnp.asarray, x)
         step = step or _step(ts, wanted, form, x, y)
         sums, count = step(ts, sums, jax.random.fold_in(step_key, count), x, y), count + 1
-    means = {path: leaf / count for path, leaf in flatten(ts.whole_leaves(sums)).items()}
+    means = {path: leaf / count for path, leaf in flatten(whole_leaves(ts, sums)).items()}
     _check(task, means)
     scores = {path: means.get(path, jnp.zeros(w.shape, jnp.float32)) for path, w in flatten(trial.shared).items()}
     return jax.tree.unflatten(jax.tree.structure(trial.shared), list(scores.values()))
@@ -138,7 +140,7 @@ def _step(ts: TrainState, wanted: Objective, form: Form, x: Tree, y: Tree) -> Ca
         keys = jax.random.split(key, 3)
         if augment is not None:
             x, y = augment(keys[2], x, y)
-        run = lambda shared: ts.run({**ts.params, "shared": shared}, x, True, keys[0], keys[1])[0]  # noqa: E731
+        run = lambda shared: gated.run(ts, {**ts.params, "shared": shared}, x, True, keys[0], keys[1])[0]  # noqa: E731
         slope = jax.grad(lambda shared: wanted.mean_loss(run(shared), y))(ts.params["shared"])
         return jax.tree.map(lambda total, g: total + jnp.square(g.astype(jnp.float32)), sums, slope)
 

@@ -13,9 +13,11 @@ import optax
 from pae_jax.caching import Cache, program_text
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import Net, heads
+from pae_jax.training import gated
 from pae_jax.training.batches import Augment
 from pae_jax.training.losses import Objective
 from pae_jax.training.optimizer import transformation
+from pae_jax.training.task_arrays import own
 from pae_jax.training.train_state import TrainState
 from pae_jax.trees import Tree
 
@@ -123,7 +125,7 @@ def step_function(objective: Objective, augment: Augment | None) -> Step:
         keys = jax.random.split(jax.random.fold_in(ts.key, ts.step), 3)
         if augment is not None:
             x, y = augment(keys[2], x, y)
-        run = lambda params: ts.run(params, x, True, keys[0], keys[1])  # noqa: E731
+        run = lambda params: gated.run(ts, params, x, True, keys[0], keys[1])  # noqa: E731
         out, pull_back, updates = jax.vjp(run, ts.params, has_aux=True)
         value, slope = jax.value_and_grad(objective.mean_loss, allow_int=True)(out, y)
         values = {name: jnp.mean(found) for name, found in objective.values(out, y).items()}
@@ -132,7 +134,7 @@ def step_function(objective: Objective, augment: Augment | None) -> Step:
     def update(ts: TrainState, grads: Any, value: jax.Array, rates: Any) -> tuple[Any, Any]:
         extra = _accepted(ts.tx, {"value": value, "grad": grads})
         try:
-            changes, opt_state = ts.proposed(grads, extra)
+            changes, opt_state = gated.proposed(ts, grads, extra)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"the optimizer needs more than gradients ({str(error).splitlines()[0]}); fit gives it no more. Write "
@@ -160,8 +162,8 @@ def step_function(objective: Objective, augment: Augment | None) -> Step:
         # trained.
         alone = set(changes) == {"shared"} or _treats_parts_differently(opt_state)
         watched = changes if alone else {**changes, "shared": grads.get("shared", {})}
-        finite = finite & all_finite(carry.ts.own(watched) if alone else watched)
-        ts = carry.ts.moved(changes, opt_state, updates, good)
+        finite = finite & all_finite(own(carry.ts, watched) if alone else watched)
+        ts = gated.moved(carry.ts, changes, opt_state, updates, good)
         bad_step = jnp.where(finite | (carry.bad_step >= 0), carry.bad_step, carry.ts.step)
         return Carry(
             ts, bad_step, {name: total + jnp.where(good, values[name], 0.0) for name, total in carry.sums.items()}

@@ -15,6 +15,7 @@ from flax import nnx
 
 import pae_jax as pae
 from pae_jax.training import places
+from pae_jax.training.task_arrays import own_masks
 from pae_jax.trees import flatten
 
 CE = optax.softmax_cross_entropy_with_integer_labels
@@ -227,7 +228,7 @@ def _pair(shape, number):
 def test_of_parameters_only_what_the_task_owns_is_read(small):
     net, state = small
     ts = train(create(net, state), 1)
-    masks = {path: np.asarray(mask) for path, mask in flatten(ts._masks()["shared"]).items()}
+    masks = {path: np.asarray(mask) for path, mask in flatten(own_masks(ts)["shared"]).items()}
     leaves = [jnp.where(masks[path], leaf, jnp.nan) for path, leaf in flatten(ts.params["shared"]).items()]
     garbage = {**ts.params, "shared": jax.tree.unflatten(jax.tree.structure(ts.params["shared"]), leaves)}
     run = jax.jit(lambda ts, params: ts.apply_fn(params, X)[0])
