@@ -48,11 +48,14 @@ def _check_decay(weight_decay: float, decayed: tuple[str, ...]) -> None:
 
 
 def _decay(weight_decay: float, decayed: tuple[str, ...]) -> optax.GradientTransformation:
-    """Add `weight_decay * w` to the gradient of the kernels of some parts: shared weights, heads, scores of picks."""
+    """Add `weight_decay * w` to the gradient of shared weights, of kernels of heads, and of scores of picks.
+
+    A shared leaf of which the task owns little is a vector of single weights here, so its rank says nothing.
+    """
 
     def mask(params: Any) -> Any:
         return {
-            part: jax.tree.map(lambda leaf, decays=part in decayed: decays and leaf.ndim >= 2, tree)
+            part: jax.tree.map(lambda leaf, part=part: part in decayed and (part == "shared" or leaf.ndim >= 2), tree)
             for part, tree in params.items()
         }
 
@@ -70,7 +73,7 @@ class Sgd:
       learning_rate: at least 0; None in a recipe, whose phases set it.
       momentum: in [0, 1).
       nesterov: whether to use Nesterov momentum.
-      weight_decay: of kernels, at least 0.
+      weight_decay: of shared weights and of kernels of heads, at least 0.
       decayed: parts that decay, of "shared", "head" and "pick".
 
     Raises:
@@ -116,7 +119,7 @@ class Adam:
       epsilon: added to the denominator, at least 0.
       epsilon_hat: which of the two forms.
       start: initial value of t; with a large value, the second form has no warm-up.
-      weight_decay: of kernels, at least 0.
+      weight_decay: of shared weights and of kernels of heads, at least 0.
       decayed: parts that decay, of "shared", "head" and "pick".
       decoupled: whether the decay does not go through the running means (AdamW).
 

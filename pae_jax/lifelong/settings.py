@@ -32,7 +32,9 @@ def settings_of(
     """
     net, recipe, key, task = session.net, session.recipe, session.key, checked.task
     ladder = recipe.ladder
-    counts_upcoming = ladder is not None and (ladder.equal_share or goal is not None or ladder.choose != "last")
+    counts_upcoming = ladder is not None and (
+        ladder.equal_share or not ladder.prune_last or goal is not None or ladder.choose != "last"
+    )
     return {
         "task": title,
         "environment": environment(key),

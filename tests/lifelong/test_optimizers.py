@@ -284,3 +284,20 @@ def test_outside_a_recipe_an_optimizer_needs_its_own_learning_rate(kind, net, pa
         pae.TrainState.create(net, packed, "a", tx=kind())
     with pytest.raises(pae.ArgumentError, match="learning_rate must be a finite number"):
         kind(learning_rate=-1.0)
+
+
+@pytest.mark.parametrize("kind", [Sgd, Adam])
+def test_shared_weights_of_a_task_that_owns_few_decay_as_well(kind):
+    """A leaf of which a task owns little is a vector of single weights for the optimizer."""
+    net = pae.linen(lambda width: pae.models.MLP(width, (64,)), jnp.zeros((1, 64)))
+    x, y = np.zeros((32, 64), np.float32), np.zeros(32, np.int32)
+    norms = {}
+    for share in (0.5, 0.97):
+        state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+        state = pae.prune(state, "a", share)
+        optimizer = replace(kind(learning_rate=1e-2), weight_decay=1.0, **({"decoupled": True} if kind is Adam else {}))
+        after, _ = pae.fit(net, state, "a", (x, y), optimizer=optimizer, epochs=9, batch_size=32, key=jax.random.key(2))
+        norm = lambda state: float(jnp.linalg.norm(state.shared["Dense_0"]["kernel"]))  # noqa: E731
+        norms[share] = norm(after) / norm(state)
+    assert norms[0.97] < 0.95
+    assert norms[0.97] == pytest.approx(norms[0.5], abs=0.02)
