@@ -26,6 +26,7 @@ from pae_jax.storage import (
     open_any,
     read_bundle,
     read_metadata,
+    refuse_onto,
     save,
     write_state,
 )
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message}; see python -m pae_jax {self.prog.rpartition(' ')[2]} --help")
+        command = self.prog.partition(" ")[2]
+        raise ArgumentError(f"{message}; see python -m pae_jax {command + ' ' if command else ''}--help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,7 +176,10 @@ def _loaded(net: Net, path: Path, heads: dict[str, Any], onto: State | None = No
     """Return the state of a stage or a bundle, its head modules taken from all that the user has."""
     facts = bundle_header(path) if path.is_file() else read_metadata(path)
     chosen = {task["name"]: heads[task["name"]] for task in facts["tasks"] if task["name"] in heads}
-    return read_bundle(net, path, onto=onto, heads=chosen) if path.is_file() else load(net, path, heads=chosen)
+    if path.is_file():
+        return read_bundle(net, path, onto=onto, heads=chosen)
+    refuse_onto(path, onto)
+    return load(net, path, heads=chosen)
 
 
 def _net(text: str) -> tuple[Net, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from pae_jax import html
 from pae_jax.core import State, check_state
+from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.opening import open_learner, open_session
 from pae_jax.lifelong.ordering import as_passed, in_order
@@ -94,8 +96,15 @@ def learn(
         return _learn(session, state, checked, goal, upcoming)
 
 
-def _learn(session: Session, state: State, checked: CheckedTask, goal: float | None, upcoming: int | None) -> Outcome:
-    """Do the work of `learn`."""
+def _learn(
+    session: Session,
+    state: State,
+    checked: CheckedTask,
+    goal: float | None,
+    upcoming: int | None,
+    begun: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Do the work of `learn`; `begun` is called once nothing speaks against it and its folder is open."""
     net, recipe, task = session.net, session.recipe, checked.task
     wanted = recipe.goal if goal is None else goal
     if isinstance(wanted, str):
@@ -104,6 +113,7 @@ def _learn(session: Session, state: State, checked: CheckedTask, goal: float | N
         wanted = None if stuck else own_goal(session, state, checked, wanted)
     value = None if wanted is None else float(wanted)
     with open_learner(session, checked, state, value, upcoming, _folder(state, task), task.name) as learner:
+        begun()
         return learner.learn()
 
 
@@ -211,13 +221,15 @@ def _learn_all(
         session = replace(session, recipe=recipe_for(state, recipe))
         goal, upcoming = None if goals is None else goals.get(task.name), len(tasks) - number - 1
         check_place(net, state, task, run)
+        _require_goals_fit(goals, {*(one.task for one in outcomes), task.name}, upcoming)
         checked = known_tasks.pop(task.name, None)
         if checked is None:
             checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         folder = _folder(state, task)
-        outcome = _learn(session, state, checked, goal, upcoming)
-        if run is not None and not number:  # nothing is written by a call that is refused
-            run.record_order(given, positions)
+        begun = lambda: None  # noqa: E731
+        if run is not None and not number:
+            begun = functools.partial(run.record_order, given, positions)
+        outcome = _learn(session, state, checked, goal, upcoming, begun)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]
         if not outcome.status.added:
@@ -231,6 +243,13 @@ def _learn_all(
         # Only the test data is needed from now on.
         measured[-1] = replace(checked, task=replace(task, train=None, val=None), train=None, val=None)
     return Stream(state, tuple(outcomes), matrix_of(rows))
+
+
+def _require_goals_fit(goals: Mapping[str, float] | None, seen: set[str], upcoming: int) -> None:
+    """Raise `ArgumentError` if more goals are left than tasks: one of them has the name of no task."""
+    left = [name for name in goals or {} if name not in seen]
+    if len(left) > upcoming:
+        raise ArgumentError(f"goals has {', '.join(map(repr, left))}, but {upcoming} tasks are to come; names differ")
 
 
 def _measured_after(

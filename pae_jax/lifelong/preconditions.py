@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pae_jax.checks import check_count, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.lifelong.recipes import Ladder, Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
+from pae_jax.lifelong.settings import facts_of
 from pae_jax.lifelong.task import CheckedTask, Task, require_task
 from pae_jax.nets import Net, heads
 from pae_jax.training import Devices, require_classes
@@ -111,7 +113,7 @@ def check_task(
             f"task {task.name!r}: the training data has no length, so the epochs of a rate or a ramp have no number of "
             "steps; give data with a length, or constant rates and ramp=0"
         )
-    return checked
+    return replace(checked, facts=facts_of(task, recipe))
 
 
 def _check_gain(task: Task, ladder: Ladder | None) -> None:

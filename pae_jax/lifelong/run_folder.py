@@ -311,7 +311,7 @@ class Run:
         with files.disk_errors(f"cannot read {path}"):
             lines = files.read_bytes(path).splitlines() if path.exists() else []
         for line in lines:
-            with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
                 event = json.loads(line)
                 if event.pop("crc32", None) == _crc(event):
                     found.add(_which(event))

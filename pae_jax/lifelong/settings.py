@@ -14,7 +14,7 @@ from flax import nnx
 from pae_jax.caching import program_text
 from pae_jax.core import State, find, integrity, names, spread_arrays
 from pae_jax.lifelong.describing import code_of, name_of, short
-from pae_jax.lifelong.recipe import plain
+from pae_jax.lifelong.recipe import Recipe, plain
 from pae_jax.lifelong.session import Session
 from pae_jax.lifelong.task import CheckedTask, MeanOf, Task
 from pae_jax.nets import Net, examples, heads
@@ -43,9 +43,9 @@ def settings_of(
         "model": _model(net, state.width, task.head),
         "loss": _loss(net, state.width, checked),
         "loss_per": task.loss_per,
-        "metric": {**plain(task.metric), "measure": _measure(task)},
-        "augment": code_of(task.augment),
-        "recipe": recipe.to_json(),
+        "metric": {**plain(task.metric), "measure": checked.facts["measure"]},
+        "augment": checked.facts["augment"],
+        "recipe": checked.facts["recipe"],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "goal": goal,
         "upcoming": upcoming if counts_upcoming else None,
@@ -53,6 +53,11 @@ def settings_of(
         "earlier network": _network(state),
         "data": {part: checksums(getattr(task, part)) for part in ("train", "val", "test")},
     }
+
+
+def facts_of(task: Task, recipe: Recipe) -> dict[str, Any]:
+    """Return what the objects of a task and a recipe hold before anything is learned; some change when used."""
+    return {"measure": _measure(task), "augment": code_of(task.augment), "recipe": recipe.to_json()}
 
 
 def environment(key: jax.Array) -> dict[str, Any]:

@@ -143,6 +143,9 @@ class StageMaker:
                 state, history = self._fit(state, phase, key, schedule, ends)
                 kept = earlier + len(rows) + history.kept_epoch
                 rows.extend(history.rows)
+                kept_row = history.rows[history.kept_epoch - 1] if history.kept_epoch else {}
+                if math.isnan(kept_row.get("val_loss", 0.0)):  # the last step has spoilt the network
+                    return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))
         except DivergedError as error:
             rows.extend(error.history.rows)
             return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))

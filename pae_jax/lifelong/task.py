@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -183,6 +183,7 @@ class CheckedTask:
       task: the task.
       objective: its loss and metrics.
       train, val, test: its data in batches; None if there is none.
+      facts: what its objects and its recipe held when it was checked, for the settings of a run.
     """
 
     net: Net
@@ -191,6 +192,7 @@ class CheckedTask:
     train: Feed | None
     val: Feed | None
     test: Feed | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, net: Net, task: Task, width: float, batch_size: int) -> CheckedTask:
@@ -200,9 +202,9 @@ class CheckedTask:
             wanted = replace(wanted, metrics=(("accuracy", _accuracy_of_classes),))
         shape = form(net, width, task.head, task.loss is None, task.augment)
         plain = form(net, width, task.head, task.loss is None)
-        parts = [None if data is None else feed(data, plain, EVAL_BATCH) for data in (task.val, task.test)]
+        val, test = (None if data is None else feed(data, plain, EVAL_BATCH) for data in (task.val, task.test))
         train = None if task.train is None else feed(task.train, shape, batch_size)
-        return cls(net, task, wanted, train, *parts)
+        return cls(net, task, wanted, train, val, test)
 
     @property
     def training_data(self) -> Feed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from pae_jax.processes import Processes
 from pae_jax.storage import Saving, files, load, read_metadata, save
 
 FROZEN = "frozen"
+_LABEL = re.compile(rf"\d+-(trained|retrained|pruned-\d\.\d{{3}})|{FROZEN}")
 _BEGUN = ("folder", "number", "settings")
 
 
@@ -173,7 +175,12 @@ class TaskFolder:
         if self.is_finished():
             facts = self._metadata(FROZEN)
             return [*facts["records"], facts["record"]]
-        found = [self._metadata(label) for label in (*self._stages(), *self._failures())]
+        try:
+            found = [self._metadata(label) for label in (*self._stages(), *self._failures())]
+        except CheckpointError:
+            if self.is_finished():  # by another job, which has removed what led to the frozen stage
+                return self._records()
+            raise
         return [facts["record"] for facts in sorted(found, key=lambda facts: facts["position"])]
 
     def freeze(self, records: list[StageRecord], record: StageRecord, state: State, more: Mapping[str, Any]) -> None:
@@ -219,12 +226,12 @@ class TaskFolder:
     def _stages(self) -> list[str]:
         with files.disk_errors(f"cannot read {self.path}"):
             entries = sorted(self.path.iterdir()) if self.path.exists() else []
-            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(files.ASIDE)]
+            return [entry.name for entry in entries if entry.is_dir() and _LABEL.fullmatch(entry.name)]
 
     def _failures(self) -> list[str]:
         with files.disk_errors(f"cannot read {self.path}"):
             found = sorted(self.path.glob("*.json")) if self.path.exists() else []
-        return [path.stem for path in found if path.stem not in ("settings", "records")]
+        return [path.stem for path in found if _LABEL.fullmatch(path.stem)]
 
 
 def _require_same(found: Any, mine: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -143,9 +144,27 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
             # A source may write its next batch into the same arrays.
             yield owned(_checked(form, batch, f"batch {number} of epoch {index}"))
         if empty:
-            raise DataError(f"data gave no batch in epoch {index}")
+            again = (
+                "; an iterator can be read only once: pass a factory `epoch -> iterator`"
+                if index or key is None
+                else ""
+            )
+            raise DataError(f"data gave no batch in epoch {index}{again}")
 
-    return Feed(epoch, len(data) if isinstance(data, Sized) else None)
+    return Feed(epoch, _length(data))
+
+
+def _length(data: Any) -> int | None:
+    """Return the number of batches; None if data does not know it, as a stream of unknown length."""
+    if not isinstance(data, Sized):
+        return None
+    try:
+        count = len(data)
+    except TypeError:
+        return None
+    if count == sys.maxsize:
+        raise DataError("data repeats for ever, so no epoch would end; pass it without repeat()")
+    return count
 
 
 def pad(batch: Batch, size: int) -> tuple[Tree, Tree, np.ndarray]:

@@ -80,6 +80,12 @@ def _ordered(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
+def _score(row: dict[str, float]) -> tuple[float, float]:
+    """Return the score of an epoch, and the negative validation loss, which breaks ties."""
+    lowest = -row.get("val_loss", 0.0)
+    return _ordered(row.get("score", row.get("val_accuracy", lowest))), _ordered(lowest)
+
+
 class Snapshot(NamedTuple):
     """An epoch that was kept."""
 
@@ -110,8 +116,7 @@ class Progress:
 
     def after(self, row: dict[str, float], ts: TrainState, rule: Best) -> Progress:
         """Return the progress after an epoch."""
-        lowest = -row.get("val_loss", 0.0)
-        score = _ordered(row.get("score", row.get("val_accuracy", lowest))), _ordered(lowest)
+        score = _score(row)
         now = replace(self, waited=self.waited + 1)  # a lower loss only breaks ties; it is not a better score
         if self.best is None or score[0] > self.best.score[0]:
             now = replace(self, waited=0, decays=0)
@@ -120,6 +125,20 @@ class Progress:
         # The next step overwrites the arrays in place. The optimizer's state is only restored on a plateau.
         kept = jax.tree.map(jnp.copy, ts if rule.plateau else ts.replace(opt_state=None))
         return replace(now, best=Snapshot(score, int(row["epoch"]), kept))
+
+    def resumed(self, ts: TrainState, rule: Best, rescored: Callable[[TrainState], dict[str, float]]) -> Progress:
+        """Return the progress that another call goes on with, whose rule, data or pruning may be others.
+
+        The best epoch is scored anew. It does not count if the task owned other weights then, or if it lacks the
+        optimizer's state, to which a plateau would go back.
+        """
+        if self.best is None:
+            return self
+        before, now = jax.tree.leaves(self.best.ts.owner), jax.tree.leaves(ts.owner)
+        same = all(bool((a == b).all()) for a, b in zip(before, now, strict=True))
+        if not same or (rule.plateau is not None and self.best.ts.opt_state is None):
+            return replace(self, best=None, waited=0)
+        return replace(self, best=self.best._replace(score=_score(rescored(self.best.ts))))
 
     def slowed(self, ts: TrainState, plateau: Plateau | None) -> tuple[Progress, TrainState | None]:
         """Return the progress and the state to continue from, None if training ends."""

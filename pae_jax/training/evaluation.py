@@ -73,10 +73,12 @@ def evaluate_state(net: Net, state: State, task: str, batches: Feed, wanted: Obj
 
 
 class Evaluation:
-    """A compiled measurement of a task, whose functions are checked once."""
+    """A compiled measurement of a task, whose functions are checked once for each form of a batch."""
 
     def __init__(self, form: Form, objective: Objective):
-        self.form, self.objective, self._step = form, objective, None
+        self.form, self.objective = form, objective
+        self._step: Any = None
+        self._known: list[Any] = []
 
     def check(self, batches: Feed) -> None:
         """Raise if data in arrays cannot be measured, before any training."""
@@ -88,7 +90,7 @@ class Evaluation:
         sums: list[dict[str, jax.Array]] = []
         count = size = 0
         for batch in batches.epoch(0, None):
-            step = self._step or self._prepare(batch)
+            step = self._prepare(batch)
             found = examples(batch)
             size = found if self.objective.per == "batch" else max(size, found)
             x, y, weight = pad(batch, size)
@@ -98,6 +100,11 @@ class Evaluation:
         return {name: totals[name] / count for name in sorted(totals)} | {"count": count}
 
     def _prepare(self, batch: Any) -> Any:
+        """Return the compiled step; check loss and metrics on the first batch, and on later ones of other shapes."""
+        kinds = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch)]
+        if kinds in self._known:
+            return self._step
+        self._known.append(kinds)
         x, y = batch
         out, labels = self.form.output(x), abstract(y)
         self.objective.check(out, labels)

@@ -143,6 +143,7 @@ class _Loop:
         self.carry = training.devices.place(steps.start(ts, self.objective))
         self.key: Any = None
         self.step: Any = None
+        self.known: list[Any] = []
         self.evaluation = Evaluation(training.form, training.objective)
         self.room = None
         if training.pruning is not None:
@@ -169,6 +170,10 @@ class _Loop:
             self.evaluation.check(of.val)
         if of.pruning is not None and of.epochs and of.pruning.end <= self.begun:
             self._release(of.pruning.final)  # the update at the end always happens
+        if of.keep is not None and of.pruning is not None and self.taken < of.pruning.end:
+            self.choice = replace(self.choice, best=None, waited=0)  # epochs before the end of pruning do not count
+        elif of.keep is not None:
+            self.choice = self.choice.resumed(self.carry.ts, of.keep, lambda ts: of.agree(self._scores(ts)))
         total = None if of.data.steps is None else of.data.steps * of.epochs
         with progress_bar(title=f"fit {of.task}", unit="step", shown=of.progress, total=total) as bar:
             for epoch in range(self.first, self.first + (0 if self.choice.ended else of.epochs)):
@@ -234,13 +239,17 @@ class _Loop:
         return 50 if possible and jax.default_backend() != "cpu" else 1
 
     def _compiled(self, x: Tree, y: Tree) -> steps.Step:
-        """Return the train step; check loss and metrics on the first batch."""
-        if self.step is None:
+        """Return the train step; check loss and metrics on the first batch, and on later ones of other shapes."""
+        batch = abstract((x, y))
+        kinds = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch)]
+        if kinds not in self.known:
             of, ts = self.of, self.carry.ts
-            batch = abstract((x, y))
+            self.known.append(kinds)
             seen = batch if of.form.augment is None else jax.eval_shape(of.form.augment, jax.random.key(0), *batch)
             seen = of.form.output(seen[0], train=True), seen[1]
             self.objective.check(*seen, train=True)
+            if self.step is not None:
+                return self.step
             self.key = steps.key_of(abstract(ts), self.objective, of.form.augment, batch, seen)
             shardings = None
             if of.devices.mesh is not None:
@@ -283,13 +292,18 @@ class _Loop:
         bad = int(carry.bad_step)
         if bad >= 0:
             raise DivergedError(of.task, bad, self._state(carry.ts), History(tuple(self.rows), epoch))
+        return of.agree(row | self._scores(carry.ts))
+
+    def _scores(self, ts: TrainState) -> Row:
+        """Return what is measured on validation data, and the score of the user's rule."""
+        of, row = self.of, {}
         if of.val is not None:
-            ts = self._alone(carry.ts)
-            scores = self.evaluation.run(*model_variables(ts, ts.params), of.val)
+            alone = self._alone(ts)
+            scores = self.evaluation.run(*model_variables(alone, alone.params), of.val)
             row |= {f"val_{name}": value for name, value in scores.items() if name != "count"}
         if of.keep is not None and of.keep.score is not None:
-            row["score"] = float(of.keep.score(self._state(carry.ts)))
-        return of.agree(row)
+            row["score"] = float(of.keep.score(self._state(ts)))
+        return row
 
     def _ends(self, row: Row) -> bool:
         """Update the choice of the epoch; return whether training ends."""

@@ -37,9 +37,9 @@ def class_numbers(labels: Any) -> bool:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the share of correct predictions of each example, float32 (batch,)."""
+    """Return the share of correct predictions of each example, float32 (batch,); NaN among the logits is none."""
     numbers = labels.astype(jnp.int32) if labels.dtype == jnp.bool_ else labels
-    right = (jnp.argmax(logits, axis=-1) == numbers).astype(jnp.float32)
+    right = ((jnp.argmax(logits, axis=-1) == numbers) & ~jnp.isnan(logits).any(axis=-1)).astype(jnp.float32)
     return right.reshape(right.shape[0], -1).mean(axis=1)
 
 
@@ -147,9 +147,11 @@ def objective(loss: Loss | None, per: LossPer, metrics: Mapping[str, Values] | N
         metrics = {"accuracy": accuracy} if loss is None else {}
     check_kind("metrics", metrics, Mapping, "{name: (outputs, y) -> one number per example}")
     for name, function in metrics.items():
-        if name in ("loss", "count", "epoch", "score") or not callable(function):
+        taken = name in ("loss", "count", "epoch", "score") or (isinstance(name, str) and name.startswith("val_"))
+        if taken or not callable(function):
             raise ArgumentError(
-                f"metrics maps names other than 'loss' to functions (outputs, y) -> values; found {name!r}"
+                "metrics maps names other than 'loss', 'count', 'epoch', 'score' and 'val_...' to functions "
+                f"(outputs, y) -> values; found {name!r}"
             )
     return Objective(loss, per, tuple(metrics.items()))
 

@@ -208,3 +208,17 @@ def test_the_package_runs_as_a_program(folder):
         [sys.executable, "-m", "pae_jax", "verify", folder / "a.bundle"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "1 frozen tasks are what was frozen: a\n"), done.stderr
+
+
+def test_a_stage_is_no_delta_and_a_command_that_is_missing_names_no_other(run, folder, tmp_path):
+    for words in (
+        ["apply", folder / "1-a", folder / "2-b", tmp_path / "new"],
+        ["verify", folder / "2-b", "--onto", folder / "1-a"],
+        ["report", folder / "2-b", "--onto", folder / "1-a"],
+    ):
+        status, _, err = run(*words)
+        assert status == 2
+        assert "is a stage, which holds all of its tasks" in err
+    assert not (tmp_path / "new").exists()
+    assert run()[2].strip().endswith("see python -m pae_jax --help")
+    assert run("verify")[2].strip().endswith("see python -m pae_jax verify --help")

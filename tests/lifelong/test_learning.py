@@ -997,6 +997,18 @@ def test_a_stream_may_be_made_task_by_task_and_keeps_no_older_training_data(lear
     assert max(tasks.alive) <= 1  # that of the task before
 
 
+def test_a_goal_for_no_task_of_a_stream_made_task_by_task_is_refused_before_training(learn_all, no_training):
+    with pytest.raises(pae.ArgumentError, match="goals has 'Task 0', 'task 3', but 1 tasks are to come"):
+        learn_all(Lazy(2), ONE_SHOT, goals={"Task 0": 0.5, "task 3": 0.5})
+
+
+def test_a_network_whose_last_step_spoilt_it_has_diverged(learn, empty):
+    recipe = Recipe("r", Phase(1, Rate(1e38), pae.recipes.Sgd(momentum=0.0, weight_decay=0.0), keep="last"), 1000)
+    outcome = learn(empty, make_task(), recipe)
+    assert outcome.status.name == "DIVERGED"
+    assert "a" not in outcome.state.tasks
+
+
 def test_the_order_of_a_stream_is_given_by_names_or_drawn_by_a_key_and_recorded(learn_all, state_facts, tmp_path):
     tasks = [make_task(name, seed) for seed, name in enumerate("abcd")]
     idle = Recipe("idle", NONE, allow_empty=True)

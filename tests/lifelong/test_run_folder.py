@@ -11,11 +11,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import pae_jax as pae
-from pae_jax.lifelong import stage_maker
+from pae_jax.lifelong import stage_maker, task_folder
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.settings import checksums
@@ -686,3 +687,75 @@ def test_a_disk_that_fails_is_a_typed_error(learn_all, tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(pae.CheckpointError, match="No space left on device"):
         learn_all(tmp_path)
+
+
+# What is the user's own, and objects that change when used
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_folders_and_files_of_the_user_in_a_task_folder_stay_and_are_no_stages(learn_all, copied, is_finished):
+    own = {"plots", "frozen_backup", ".ipynb_checkpoints"}
+    for name in own:
+        (copied / "01-age" / name).mkdir()
+    (copied / "01-age" / "notes.json").write_text("{}")
+    if not is_finished:
+        shutil.rmtree(copied / "01-age" / "frozen")
+    learn_all(copied)
+    assert own | {"notes.json"} <= {entry.name for entry in (copied / "01-age").iterdir()}
+
+
+class Caching:
+    """An optimizer that keeps its chain, and what it was asked for."""
+
+    def __init__(self):
+        self._chain, self.asked = None, []
+
+    def transformation(self):
+        self.asked.append(len(self.asked))
+        if self._chain is None:
+            self._chain = optax.sgd(1.0)
+        return self._chain
+
+
+def test_a_run_goes_on_with_an_optimizer_that_changes_when_it_is_used(learn_all, tmp_path):
+    for _ in range(2):
+        recipe = Recipe("own", dataclasses.replace(QUICK, optimizer=Caching()), 8)
+        learn_all(tmp_path / "run", recipe=recipe)
+
+
+def test_a_task_appended_behind_one_that_was_the_last_and_not_pruned_is_refused(learn_all, tmp_path):
+    recipe = Recipe("r", QUICK, 8, ladder=Ladder((0.5,), QUICK, ramp=0.0, choose="last", prune_last=False))
+    learn_all(tmp_path / "run", TASKS[:1], recipe)
+    with pytest.raises(pae.CheckpointError, match="'upcoming' was 0 and is now 1"):
+        learn_all(tmp_path / "run", TASKS, recipe)
+
+
+class Interrupted:
+    """A measure that is interrupted."""
+
+    def __call__(self, net, state, task, data):
+        raise KeyboardInterrupt
+
+
+def test_another_order_is_refused_also_if_the_first_task_was_not_finished(net, empty, tmp_path):
+    tasks = [make_task("age", metric=pae.Metric("accuracy", Interrupted())), TASKS[1]]
+    recipe, run = Recipe("quick", QUICK, 8), pae.Run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        pae.learn_all(net, empty, tasks, recipe, key=KEY, run=run)
+    with pytest.raises(pae.PaeError, match="order"):
+        pae.learn_all(net, empty, tasks, recipe, key=KEY, run=run, order=["gender: m/f", "age"])
+
+
+def test_a_table_is_written_while_another_job_freezes_its_task(finished, copied, monkeypatch):
+    """The other job ends between two looks: its stages are gone, and the frozen one has their records."""
+    folder = task_folder.TaskFolder(copied / "01-age", None, Processes(), False)
+    answers = iter([False, True, True])
+    monkeypatch.setattr(task_folder.TaskFolder, "is_finished", lambda self: next(answers))
+    monkeypatch.setattr(task_folder.TaskFolder, "_stages", lambda self: ["0-trained"])
+    assert [record.stage for record in folder.records()][-1] == "frozen"
+
+
+def test_lines_of_events_that_are_no_objects_are_no_events(learn_all, copied):
+    with (copied / "events.jsonl").open("a") as file:
+        file.write("[]\n[1, 2]\n3\n")
+    learn_all(copied)

@@ -1,6 +1,7 @@
 """fit, evaluate, predict and features: what they compute, what they leave alone, what they refuse."""
 
 import functools
+import sys
 
 import chex
 import jax
@@ -891,3 +892,94 @@ def test_optimizers_that_move_other_weights_than_those_to_keep_are_refused_in_fi
 def test_a_fraction_is_no_pruning_schedule(packed, quick_fit):
     with pytest.raises(pae.ArgumentError, match=r"pruning must be a schedule such as pae.CubicSchedule"):
         quick_fit(packed, "a", pruning=0.5)
+
+
+# Going on with another rule
+
+
+@pytest.mark.parametrize("keep", ["best", pae.Best(plateau=pae.Plateau(2, 0.5, 9))], ids=["best", "plateau"])
+def test_an_epoch_from_before_the_pruning_of_a_resumed_fit_is_not_kept(packed, quick_fit, data, keep):
+    state, history = quick_fit(packed, "a", epochs=4, val=data, keep=keep)
+    schedule, free = pae.CubicSchedule(final=0.95, end=30), []
+    after, _ = quick_fit(
+        state, "a", epochs=6, val=data, keep=keep, resume=history, pruning=schedule,
+        on_epoch=lambda now, row: free.append(pae.free_fraction(now)),
+    )  # fmt: skip
+    assert pae.free_fraction(after) > 0.9
+    assert min(free[2:]) > 0.9
+
+
+def test_a_plateau_does_not_go_back_to_an_epoch_without_the_optimizers_state(packed, quick_fit, data):
+    state, history = quick_fit(packed, "a", epochs=4, val=data, keep="best")
+    keep = pae.Best(plateau=pae.Plateau(1, 0.5, 9))
+    _, after = quick_fit(state, "a", epochs=4, val=data, keep=keep, resume=history, optimizer=optax.adam(0.3))
+    assert len(after.rows) == 8
+
+
+def test_another_score_measures_the_kept_epoch_anew(packed, quick_fit, data):
+    state, history = quick_fit(packed, "a", epochs=3, val=data, keep="best")
+    score = pae.Best(score=lambda now: -float(pae.free_fraction(now)))
+    _, after = quick_fit(state, "a", epochs=2, val=data, keep=score, resume=history)
+    assert after.progress.best.score[0] == 0.0  # not an accuracy
+
+
+def test_outputs_that_are_not_a_number_are_never_right(packed, quick_fit, data):
+    x, _ = data
+    zeros = np.zeros(len(x), np.int32)
+    zeros[::4] = 1
+    rates = optax.piecewise_constant_schedule(1e-3, {14: 1e33})
+    _, history = quick_fit(packed, "a", (x, zeros), val=(x, zeros), epochs=3, keep="best", optimizer=optax.sgd(rates))
+    assert np.isnan(history.rows[-1]["val_loss"])
+    assert history.rows[-1]["val_accuracy"] == 0.0
+    assert history.kept_epoch < 3
+
+
+def test_a_later_batch_of_other_labels_is_checked_like_the_first(packed, net, quick_fit, data):
+    x, y = data[0], data[0][:, 0]
+    batches = [(x[:16], y[:16]), (x[16:32], y[16:32, None])]
+    loss = lambda out, target: (out[:, 0] - target) ** 2  # noqa: E731
+    for call in (
+        lambda: quick_fit(packed, "a", batches, loss=loss),
+        lambda: pae.evaluate(net, packed, "a", batches, loss=loss),
+    ):
+        with pytest.raises(pae.DataError, match="loss"):
+            call()
+
+
+class OfUnknownLength(list):
+    def __len__(self):
+        raise TypeError("The dataset length is unknown.")
+
+
+class Endless:
+    def __len__(self):
+        return sys.maxsize
+
+    def __iter__(self):
+        while True:
+            yield None
+
+
+def test_streams_of_unknown_length_are_taken_and_endless_ones_refused(packed, quick_fit, data, net):
+    batches = OfUnknownLength([data])
+    _, history = quick_fit(packed, "a", batches, epochs=1)
+    assert len(history.rows) == 1
+    assert pae.evaluate(net, packed, "a", batches)["count"] == 40
+    with pytest.raises(pae.DataError, match=r"repeats for ever.*without repeat"):
+        quick_fit(packed, "a", Endless())
+
+
+def test_an_iterator_that_is_read_twice_is_told_so(packed, quick_fit, data):
+    class Once:
+        batches = iter([data])
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(pae.DataError, match="an iterator can be read only once"):
+        quick_fit(packed, "a", Once(), epochs=2)
+
+
+def test_a_metric_may_not_have_the_name_of_one_on_validation_data(packed, quick_fit):
+    with pytest.raises(pae.ArgumentError, match=r"'val_\.\.\.'.*found 'val_accuracy'"):
+        quick_fit(packed, "a", metrics={"val_accuracy": lambda out, y: y})

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pae_jax.core import Growth, Picking, State, TaskState, integrity, layout_of
+from pae_jax.errors import ArgumentError
 from pae_jax.storage import checkpoint, files, stage
 from pae_jax.storage.bundle.assembling import Placeholder, understood
 from pae_jax.storage.bundle.reading import open_bundle
@@ -24,7 +25,16 @@ def open_any(path: str | Path, onto: State | None = None) -> tuple[dict[str, Any
       onto: the state that a delta adds to.
     """
     place = files.local_path(path)
-    return open_bundle(place, onto) if place.is_file() else _open_stage(place)
+    if place.is_file():
+        return open_bundle(place, onto)
+    refuse_onto(place, onto)
+    return _open_stage(place)
+
+
+def refuse_onto(path: Path, onto: State | None) -> None:
+    """Raise `ArgumentError` if a stage, which is whole, is read as a delta."""
+    if onto is not None:
+        raise ArgumentError(f"{path} is a stage, which holds all of its tasks; read it without a base")
 
 
 @understood()
