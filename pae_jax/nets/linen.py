@@ -27,7 +27,7 @@ def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] 
     """Return a Linen module as pure functions of plain variables.
 
     Args:
-      module: called as `module(x)`, with its argument for training mode if it has one, such as `train` or
+      module: called as `module(x)`, with its arguments for training mode if it has any, such as `train` or
         `deterministic`.
       call: `(module, x, train) -> output`, for a module that is called otherwise.
       streams: random streams besides "dropout" that the module draws from, also in evaluation.
@@ -113,8 +113,8 @@ def linen(
 ) -> Net:
     """Describe a Flax Linen backbone.
 
-    The model needs no changes for packing: it is any module called as `module(x)` that returns features. An argument
-    `train`, `training`, `is_training`, `deterministic` or `use_running_average` is set automatically.
+    The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its
+    arguments `train`, `training`, `is_training`, `deterministic` and `use_running_average` are set automatically.
 
     Args:
       build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for

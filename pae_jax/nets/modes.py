@@ -1,4 +1,4 @@
-"""How a module is called: its training-mode argument, by the names common in Flax models, and its mapped axes."""
+"""How a module is called: its training-mode arguments, by the names common in Flax models, and its mapped axes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ EVALUATE = ("deterministic", "use_running_average")
 def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
     """Return the arguments of a call after x, by position and by name, that select the mode of a module.
 
-    An argument that comes right after x is given by position, which `nn.remat` with static arguments needs.
+    A module may have several. Those that come right after x are given by position, which `nn.remat` with static
+    arguments needs.
     """
     parameters = list(inspect.signature(type(model).__call__).parameters.values())[1:]
+    after: list[bool] = []
+    named: dict[str, bool] = {}
     for index, parameter in enumerate(parameters):
         if parameter.name in TRAIN + EVALUATE:
             value = train if parameter.name in TRAIN else not train
-            if index == 1 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                return (value,), {}
-            return (), {parameter.name: value}
-    return (), {}
+            if index == len(after) + 1 and parameter.kind is not parameter.KEYWORD_ONLY:
+                after.append(value)
+            else:
+                named[parameter.name] = value
+    return tuple(after), named
 
 
 def bound(call: Callable[[], Any], axes: list[str]) -> Any:

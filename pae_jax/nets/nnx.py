@@ -133,7 +133,7 @@ def nnx(
     """Describe a Flax NNX backbone.
 
     The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its mode is
-    set by `.train()` and `.eval()`, and by an argument such as `train` if it has one. `nnx.Param` variables become
+    set by `.train()` and `.eval()`, and by arguments such as `train` if it has any. `nnx.Param` variables become
     `params`, `nnx.BatchStat` variables `batch_stats`.
 
     Args:

@@ -496,6 +496,31 @@ class UseRunningAverage(nn.Module):
         return nn.BatchNorm(momentum=0.5)(nn.Dense(16)(x), use_running_average=use_running_average)
 
 
+class TwoModes(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True, use_running_average=True):
+        x = nn.BatchNorm(momentum=0.5)(nn.Dense(16)(x), use_running_average=use_running_average)
+        return nn.Dropout(0.5, deterministic=deterministic)(x)
+
+
+class TwoModesByName(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale=1.0, *, training, deterministic):
+        x = nn.BatchNorm(momentum=0.5)(nn.Dense(16)(x), use_running_average=not training)
+        return scale * nn.Dropout(0.5, deterministic=deterministic)(x)
+
+
+class NnxTwoModes(nnx.Module):
+    def __init__(self, width, rngs):
+        self.dense, self.dropout = nnx.Linear(4, 16, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.5, rngs=rngs)
+
+    def __call__(self, x, use_running_average=True, *, deterministic=True):
+        return self.dropout(
+            self.norm(self.dense(x), use_running_average=use_running_average), deterministic=deterministic
+        )
+
+
 class NnxTrain(nnx.Module):
     def __init__(self, width, rngs):
         self.dense, self.dropout = nnx.Linear(4, 16, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
@@ -522,6 +547,10 @@ TOLD = {
     "deterministic": pae.linen(lambda width: Deterministic(), VECTOR),
     "use_running_average": pae.linen(lambda width: UseRunningAverage(), VECTOR),
     "remat, train static": pae.linen(lambda width: nn.remat(Train, static_argnums=(2,))(), VECTOR),
+    "two": pae.linen(lambda width: TwoModes(), VECTOR),
+    "two, remat, both static": pae.linen(lambda width: nn.remat(TwoModes, static_argnums=(2, 3))(), VECTOR),
+    "two, by name only": pae.linen(lambda width: TwoModesByName(), VECTOR),
+    "NNX two": pae.nnx(NnxTwoModes, VECTOR),
     "NNX train": pae.nnx(NnxTrain, VECTOR),
     "NNX modes": pae.nnx(NnxModes, VECTOR),
 }
@@ -543,9 +572,20 @@ def test_a_model_is_told_that_it_trains_by_whatever_it_calls_it(name, assert_sam
         np.testing.assert_allclose(np.asarray(told).mean(0), 0, atol=1e-5)
     else:
         assert 0.3 < (np.asarray(told) == 0).mean() < 0.7
-    if name in ("use_running_average", "NNX modes"):
+    if name in ("use_running_average", "NNX modes") or "two" in name:
         before, after = (jax.tree.leaves(tree["batch_stats"]) for tree in (state.tasks["a"].local, updates["backbone"]))
         assert all((np.asarray(old) != np.asarray(new)).any() for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in TOLD if "two" in name])
+def test_fit_moves_the_statistics_of_a_model_with_two_modes_and_drops_out(name, quick_fit):
+    net, (x, y) = TOLD[name], batch_of(VECTOR)
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=None, key=jax.random.key(1))
+    dropped = lambda out, y: (out == 0).mean() + 0 * out.sum()  # noqa: E731
+    fitted, history = quick_fit(state, "a", (x, y), net=net, batch_size=6, loss=dropped)
+    assert 0.3 < history.rows[-1]["loss"] < 0.7
+    before, after = (flatten(one.tasks["a"].local["batch_stats"]) for one in (state, fitted))
+    assert all((before[path] != after[path]).any() for path in before)
 
 
 PLAIN = {
