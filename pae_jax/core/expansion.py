@@ -150,7 +150,7 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
         wide = apply_backbone(net, new.width)(wide_held, wide_local, x)
     leaves = zip(jax.tree.leaves(narrow), maps.output_maps, jax.tree.leaves(wide), strict=True)
     for old_leaf, new_leaf in ((old, places.take(new)) for old, places, new in leaves):
-        _compare(np.asarray(old_leaf, np.float32), np.asarray(new_leaf, np.float32), old_leaf.dtype)
+        _compare(np.asarray(old_leaf, np.complex128), np.asarray(new_leaf, np.complex128), old_leaf.dtype)
 
 
 def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:

@@ -108,7 +108,7 @@ def _weights(path: Any, leaf: Any) -> np.ndarray:
 
 def _differs(found: list[np.ndarray], other: list[np.ndarray]) -> bool:
     def apart(a: np.ndarray, b: np.ndarray) -> bool:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        a, b = np.asarray(a, np.complex128), np.asarray(b, np.complex128)
         known = np.isfinite(a) & np.isfinite(b)
         scale = np.max(np.abs(a[known]), initial=0.0)
         return bool(np.max(np.abs(a - b)[known], initial=0.0) > 1e-4 * scale)

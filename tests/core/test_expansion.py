@@ -1,5 +1,8 @@
 """`expand` and what follows it: old tasks at their own width, new tasks on top of all older knowledge."""
 
+import sys
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,6 +258,36 @@ def test_expand_tries_the_model_on_the_samples_own_integers(guard, assert_same):
     for without in (jax.tree.map(np.zeros_like, sample), jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample))):
         with pytest.raises(pae.NotPreservableError, match=f"{message}.*state is unchanged; give the net a sample"):
             life(without)
+
+
+class Outputs(nn.Module):
+    """Features, and another output made of them."""
+
+    width: float
+    make: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make(nn.Dense(3)(nn.sigmoid(nn.Dense(int(4 * self.width))(x))))
+
+
+def expanded(monkeypatch, make, wrong=None):
+    """Widen a net; `wrong` alters what the wide network of the check at the end computes."""
+    net = pae.linen(lambda width: Outputs(width, make), jnp.ones((2, 4)))
+    module = sys.modules["pae_jax.core.expansion"]
+    apply = module.apply_backbone
+    if wrong is not None:
+        altered = lambda net, width: lambda *given: wrong(apply(net, width)(*given))  # noqa: E731
+        choose = lambda net, width: (apply if width == 1.0 else altered)(net, width)  # noqa: E731
+        monkeypatch.setattr(module, "apply_backbone", choose)
+    return pae.expand(net, pae.init(net, jax.random.key(0)), width=2.0, key=jax.random.key(1))
+
+
+def test_a_change_of_the_imaginary_part_alone_is_found(monkeypatch):
+    make = lambda h: jax.lax.complex(h, 2 * h)  # noqa: E731
+    assert expanded(monkeypatch, make).width == 2.0
+    with pytest.raises(pae.NotPreservableError, match="computes other features"):
+        expanded(monkeypatch, make, lambda out: out + 1e-3j)
 
 
 def test_each_new_width_traces_the_train_step_once_more():

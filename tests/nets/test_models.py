@@ -832,6 +832,19 @@ def test_a_model_whose_answer_depends_on_its_neighbours_is_refused_at_pack_unles
     assert_same(pae.predict(wanted, later, "a", x), before)
 
 
+class ImaginaryOfTheBatch(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(8)(x)
+        return jax.lax.complex(h, h - h.mean(0, keepdims=True))
+
+
+def test_a_dependence_on_neighbours_in_the_imaginary_part_alone_is_refused():
+    net = pae.linen(lambda width: ImaginaryOfTheBatch(), VECTOR)
+    with pytest.raises(pae.StructureError, match="depends on the other examples of the batch"):
+        pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=None, key=jax.random.key(1))
+
+
 class PerExample(nn.Module):
     """Keeps a value for each example of a batch from call to call."""
 

@@ -342,3 +342,32 @@ def test_a_network_that_computes_something_else_is_not_returned(layers, monkeypa
     monkeypatch.setattr(module, "find_cuts", wrong)
     with pytest.raises(pae.NotPreservableError, match="computes other outputs"):
         pae.slim(layers, state, "a")
+
+
+class Complex(nn.Module):
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(int(8 * self.width))(x))
+        return jax.lax.complex(nn.Dense(3, name="real")(h), nn.Dense(3, name="imaginary")(h))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_imaginary_parts_are_compared_too(wrong, monkeypatch):
+    net = pae.linen(Complex, jnp.ones((2, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=None, key=jax.random.key(1))
+    state = pae.freeze(pae.prune(state, "a", 0.5), "a")
+    if not wrong:
+        small, alone = pae.slim(net, state, "a")
+        return same_outputs(net, state, small, alone, "a", np.arange(8, dtype=np.float32).reshape(2, 4) - 4)
+    module = sys.modules["pae_jax.serving.slim"]
+    found = module.find_cuts
+
+    class Changed(Cuts):
+        def apply(self, variables, inputs):
+            return super().apply(variables, inputs) + 1j
+
+    monkeypatch.setattr(module, "find_cuts", lambda *arguments: Changed(**vars(found(*arguments))))
+    with pytest.raises(pae.NotPreservableError, match="computes other outputs"):
+        pae.slim(net, state, "a")
