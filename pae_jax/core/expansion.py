@@ -15,7 +15,7 @@ from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import Net, apply_backbone, batch_size, check_net, trial_inputs
-from pae_jax.trees import PARAMS, Tree, merge
+from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import WidenMaps, widen_maps
 
 
@@ -148,28 +148,45 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
     with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
         narrow = apply_backbone(net, old.width)(held, local, x)
         wide = apply_backbone(net, new.width)(wide_held, wide_local, x)
-    leaves = zip(jax.tree.leaves(narrow), maps.output_maps, jax.tree.leaves(wide), strict=True)
-    for old_leaf, new_leaf in ((old, places.take(new)) for old, places, new in leaves):
-        _compare(np.asarray(old_leaf, np.complex128), np.asarray(new_leaf, np.complex128), old_leaf.dtype)
+    leaves = zip(flatten(narrow).items(), maps.output_maps, jax.tree.leaves(wide), strict=True)
+    _compare({path: (np.asarray(old), np.asarray(places.take(new))) for (path, old), places, new in leaves})
 
 
-def _compare(narrow: np.ndarray, kept: np.ndarray, dtype: Any) -> None:
+def _compare(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Raise `NotPreservableError` unless both networks compute the same; `features` are pairs of old and new leaves."""
     hint = "give the net a sample of values that suit the model, such as real token ids and a mask with some ones"
-    if not np.isfinite(narrow).all():
+    scales = {path: _largest(old) for path, (old, _) in features.items() if jnp.issubdtype(old.dtype, jnp.inexact)}
+    if not np.isfinite([*scales.values()]).all():
         raise NotPreservableError(
             "the network's own features are not finite on its sample's values, so nothing can be compared. The state "
             f"is unchanged; {hint}."
         )
-    scale, worst = float(np.abs(narrow).max()), float(np.abs(kept - narrow).max())
-    if not scale:
+    if scales and not any(scales.values()):
         raise NotPreservableError(
             "all of the network's features are 0 on its sample's values, so nothing can be compared. The state is "
             f"unchanged; {hint}."
         )
-    limit = max(1e-5, 8 * float(jnp.finfo(dtype).eps)) * scale
-    if not worst <= limit:  # also true for NaN
+    for path, (old, new) in features.items():
+        if path in scales:
+            # A leaf that is 0 has no scale of its own.
+            scale, worst = scales[path] or max(scales.values()), _largest(_wide(new) - _wide(old))
+            limit = max(1e-5, 8 * float(jnp.finfo(old.dtype).eps)) * scale
+            if worst <= limit:  # false for NaN
+                continue
+            found = f"largest difference {worst:.3g} at a largest feature of {scale:.3g}, {limit:.3g} is allowed"
+        elif np.array_equal(old, new):
+            continue
+        else:
+            found = f"{np.sum(old != new)} of {old.size} {old.dtype} entries differ"
         raise NotPreservableError(
-            f"the widened network computes other features on the old weights: largest difference {worst:.3g} at a "
-            f"largest feature of {scale:.3g}, {limit:.3g} is allowed. The state is unchanged. Please report the model; "
-            "accept_changes does not skip this check."
+            f"the widened network computes other features on the old weights{f' at {path}' if path else ''}: {found}. "
+            "The state is unchanged. Please report the model; accept_changes does not skip this check."
         )
+
+
+def _wide(leaf: np.ndarray) -> np.ndarray:
+    return np.asarray(leaf, np.complex128)
+
+
+def _largest(leaf: np.ndarray) -> float:
+    return float(np.max(np.abs(_wide(leaf)), initial=0.0))

@@ -271,16 +271,19 @@ class Outputs(nn.Module):
         return self.make(nn.Dense(3)(nn.sigmoid(nn.Dense(int(4 * self.width))(x))))
 
 
-def expanded(monkeypatch, make, wrong=None):
+def expanded(monkeypatch, make, wrong=lambda out: out):
     """Widen a net; `wrong` alters what the wide network of the check at the end computes."""
     net = pae.linen(lambda width: Outputs(width, make), jnp.ones((2, 4)))
     module = sys.modules["pae_jax.core.expansion"]
     apply = module.apply_backbone
-    if wrong is not None:
-        altered = lambda net, width: lambda *given: wrong(apply(net, width)(*given))  # noqa: E731
-        choose = lambda net, width: (apply if width == 1.0 else altered)(net, width)  # noqa: E731
-        monkeypatch.setattr(module, "apply_backbone", choose)
-    return pae.expand(net, pae.init(net, jax.random.key(0)), width=2.0, key=jax.random.key(1))
+
+    def choose(net, width):
+        run = apply(net, width)
+        return run if width == 1.0 else lambda *given: wrong(run(*given))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_backbone", choose)
+        return pae.expand(net, pae.init(net, jax.random.key(0)), width=2.0, key=jax.random.key(1))
 
 
 def test_a_change_of_the_imaginary_part_alone_is_found(monkeypatch):
@@ -288,6 +291,25 @@ def test_a_change_of_the_imaginary_part_alone_is_found(monkeypatch):
     assert expanded(monkeypatch, make).width == 2.0
     with pytest.raises(pae.NotPreservableError, match="computes other features"):
         expanded(monkeypatch, make, lambda out: out + 1e-3j)
+
+
+def test_outputs_of_integers_and_bools_are_compared_entry_by_entry(monkeypatch):
+    make = lambda h: {"h": h, "best": h.argmax(-1), "high": h > 0}  # noqa: E731
+    assert expanded(monkeypatch, make).width == 2.0
+    assert expanded(monkeypatch, lambda h: h.argmax(-1)).width == 2.0
+    for name, alter in (("best", lambda leaf: leaf.at[0].add(1)), ("high", jnp.logical_not)):
+        wrong = lambda out, name=name, alter=alter: {**out, name: alter(out[name])}  # noqa: E731
+        with pytest.raises(pae.NotPreservableError, match=f"at {name}: .* entries differ. The state is unchanged"):
+            expanded(monkeypatch, make, wrong)
+
+
+def test_one_of_several_outputs_may_be_0_and_stays_so(monkeypatch):
+    make = lambda h: {"h": h, "aux": jnp.zeros(h.shape[:1])}  # noqa: E731
+    assert expanded(monkeypatch, make).width == 2.0
+    with pytest.raises(pae.NotPreservableError, match="at aux: largest difference 1 "):
+        expanded(monkeypatch, make, lambda out: {**out, "aux": out["aux"] + 1})
+    with pytest.raises(pae.NotPreservableError, match="features are 0 on its sample"):
+        expanded(monkeypatch, lambda h: (0 * h, jnp.zeros(h.shape[:1])))
 
 
 def test_each_new_width_traces_the_train_step_once_more():
