@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from pae_jax.trees import Tree, flatten
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TaskProgram:
     """A task, or several, as a program without this library.
 
@@ -99,7 +99,7 @@ def export(
     weights: Literal["inside", "beside"] = "inside",
     batch_size: int | None = None,
 ) -> TaskProgram:
-    """Make a program of a task that runs with JAX alone, on any batch size.
+    """Make a program of a task that runs with JAX alone, on any batch size, and any size of the net's free axes.
 
     Args:
       net: the network description the state was made with.
@@ -117,7 +117,8 @@ def export(
     Raises:
       UnknownTaskError: no task of this name.
       ArgumentError: no task at all, or an option unknown.
-      StructureError: the state is not one of this net, or the model does not trace for any batch size.
+      StructureError: the state is not one of this net, or the model does not trace with an open batch size or open
+        sizes of free axes, as with a table of positions; a net without free_axes exports it for its sample's size.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -213,7 +214,21 @@ def _exported(
     assert cause is not None
     text = (str(cause).splitlines() or [type(cause).__name__])[0]
     hint = "Give the one batch size it runs with: batch_size=." if size is None else ""
+    if net.free_axes and _traces(function, *known, _inputs(dataclasses.replace(net, free_axes={}), size, False)):
+        axes = ", ".join(f"{path} {axes}".strip() for path, axes in net.free_axes.items())
+        hint = (
+            f"It does not trace with open sizes of the free axes, {axes}: export it with a net made without free_axes, "
+            "with a sample of the one size it runs with."
+        )
     raise StructureError(net.source, "", text, "a model that jax.export can trace", hint) from cause
+
+
+def _traces(function: Callable[..., Tree], *operands: Any) -> bool:
+    try:
+        jax.eval_shape(function, *operands)
+    except Exception:  # whatever a user's model raises for a size that is a symbol
+        return False
+    return True
 
 
 def _as_unknown(tree: Tree, x: Tree) -> Tree:

@@ -110,6 +110,30 @@ def test_a_model_for_one_batch_size_is_refused_or_exported_for_it():
         program.call(jnp.ones((3, 4)))
 
 
+class Positions(nn.Module):
+    """Sequences of at most 8 tokens."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = self.param("table", nn.initializers.normal(), (8, 4))
+        return (nn.Embed(9, 4)(x) + table[None, : x.shape[1]]).mean(1)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_model_that_does_not_trace_for_any_length_is_refused_or_exported_for_one(size):
+    tokens = np.arange(10, dtype=np.int32).reshape(2, 5) % 9
+    net = pae.linen(lambda width: Positions(), tokens, free_axes=(1,))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    advice = (
+        r"open sizes of the free axes, \(1,\): export it with a net made without free_axes, with a sample of the one"
+    )
+    with pytest.raises(pae.StructureError, match=advice):
+        pae.export(net, state, "a", batch_size=size)
+    fixed = pae.linen(lambda width: Positions(), tokens[:, :3])
+    program = pae.export(fixed, state, "a", batch_size=size)
+    same_bits(program.call(tokens[:, :3]), pae.predict(net, state, "a", tokens[:, :3]))
+
+
 def test_wrong_arguments_and_inputs_are_named(net, frozen, empty, data, tmp_path):
     program = pae.export(net, frozen, "a", platforms=["cpu", "cuda"])
     assert program.exported.platforms == ("cpu", "cuda")
