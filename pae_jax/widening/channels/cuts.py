@@ -61,7 +61,10 @@ class Cuts:
             pairs = zip(variables_of(body), analysed.kept, strict=True)
             return Plan({var: axes for var, axes in pairs if axes is not None})
         found = ", ".join(map(describe, jax.tree.leaves(inputs)))
-        hint = "Declare axes whose sizes change as free_axes of the net, and make it again with a sample of this shape."
+        hint = (
+            "Its program differs there. Declare axes whose sizes change as free_axes; if they are, slim with a net "
+            "whose sample has this shape."
+        )
         raise StructureError("input of a slimmed net", "", found, "shapes for which its program was analysed", hint)
 
 
