@@ -168,7 +168,7 @@ def test_metrics_and_losses_that_are_none_are_refused_by_name(packed, quick_fit)
         with pytest.raises(pae.DataError, match=message):
             quick_fit(packed, "a", metrics=metrics)
     for metrics in ({"loss": squared}, {"epoch": squared}, {"count": squared}, {"score": squared}, {"x": 3}):
-        with pytest.raises(pae.ArgumentError, match="metrics maps names other than 'loss' to functions"):
+        with pytest.raises(pae.ArgumentError, match="metrics maps names other than 'loss'"):
             quick_fit(packed, "a", metrics=metrics)
     with pytest.raises(pae.ArgumentError, match=r"loss must be a function \(outputs, y\) -> losses, found 'mse'"):
         quick_fit(packed, "a", loss="mse")
