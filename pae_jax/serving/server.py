@@ -285,11 +285,13 @@ class Server:
 
     def _by_gradient(self, x: Tree, together: bool, batch_size: int | None) -> Inference:
         entries = list(self._entries.values())
-        kinds = {(entry.width, heads.describe(entry.head_spec)) for entry in entries}
-        if len(kinds) > 1:
+        # The first task's program runs for all, so a head must be the same down to what a module was made with.
+        first, *rest = ((entry.width, heads.key_of(entry.head_spec)) for entry in entries)
+        others = [name for name, kind in zip(self.tasks[1:], rest, strict=True) if kind != first]
+        if others:
             raise ArgumentError(
-                f"by='gradient' mixes the tasks' weights, so they need one width and one kind of head; found "
-                f"{len(kinds)} kinds. Use by='entropy', or Server(..., tasks=) for those of one kind."
+                f"by='gradient' mixes the tasks' weights, so they need one width and one kind of head; "
+                f"{others} differ from {self.tasks[0]!r}. Use by='entropy', or Server(..., tasks=) for one kind."
             )
         x, count = inputs.checked(self._net, x)
         if together and not count:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -319,8 +320,41 @@ def test_supsup_wortsman_et_al_2020_one_gradient_of_the_entropy_finds_the_task(r
 
 def test_a_gradient_needs_tasks_of_one_kind_of_head():
     net, state = known([FIRST_TWO, [[0, 0, 1]] * 4])
-    with pytest.raises(pae.ArgumentError, match="one width and one kind of head; found 2 kinds"):
+    with pytest.raises(pae.ArgumentError, match=r"one kind of head; \['t1'\] differ from 't0'"):
         Server(net, state).infer_task(np.eye(4, dtype=np.float32), by="gradient")
+
+
+class Scaled(nn.Module):
+    """A Linen head with a setting that no array shows."""
+
+    scale: float
+
+    @nn.compact
+    def __call__(self, x):
+        return self.scale * nn.Dense(2)(x)
+
+
+class NnxScaled(nnx.Module):
+    """The same head in NNX."""
+
+    def __init__(self, scale):
+        self.scale, self.dense = scale, nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.scale * self.dense(x)
+
+
+@pytest.mark.parametrize("kind", [Scaled, NnxScaled, nn.Dense])
+def test_a_gradient_needs_heads_made_with_the_same_settings_not_of_the_same_class_alone(kind):
+    net, state = known([FIRST_TWO])
+    for name, setting in (("b", 3), ("c", 3), ("d", 4)):
+        head = kind(setting)
+        state = pae.pack(net, state, name, head=head, key=jax.random.key(1), allow_empty=True)
+        state = pae.freeze(state, name)
+    x = np.eye(4, dtype=np.float32)
+    assert Server(net, state, tasks=list("bc")).infer_task(x, by="gradient").scores.shape == (4, 2)
+    with pytest.raises(pae.ArgumentError, match=r"\['d'\] differ from 'b'"):
+        Server(net, state, tasks=list("bcd")).infer_task(x, by="gradient")
 
 
 def test_entropy_is_divided_by_the_log_of_the_number_of_classes_and_confidence_is_not():
