@@ -48,7 +48,7 @@ def smallest(
     """
     shardings = [jax.typeof(leaf).sharding for leaf in leaves]
     select: Select = partial(_smallest, scope=scope)
-    if any(axis != AxisType.Auto for sharding in shardings for axis in sharding.mesh.axis_types):
+    if any(axis == AxisType.Explicit for sharding in shardings for axis in sharding.mesh.axis_types):
         # Leaves are cut into rows regardless of their sharding; the partitioner decides how.
         select = cast(Select, auto_axes(select, out_sharding=shardings))
     return select(leaves, candidates, wanted)

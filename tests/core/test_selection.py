@@ -142,3 +142,23 @@ for scope, wanted in (("leaf", [40, 100]), ("global", [200, 200])):
 
 def test_smallest_marks_the_same_entries_of_leaves_that_are_spread_over_devices(on_devices):
     assert on_devices(4, SHARDED) == []
+
+
+MANUAL = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from pae_jax.core.selection import smallest
+
+leaf = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+select = lambda leaf: smallest([leaf], [leaf < 1], jnp.asarray([40], jnp.int32), "global")[0]
+wanted = select(leaf)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    for checked in (True, False):
+        mapped = jax.shard_map(select, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=checked)
+        np.testing.assert_array_equal(jax.jit(mapped)(leaf), wanted)
+"""
+
+
+def test_smallest_marks_the_same_entries_inside_shard_map(on_devices):
+    assert on_devices(2, MANUAL) == []
