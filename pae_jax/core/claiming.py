@@ -53,7 +53,8 @@ def claimed(owner: Owners, task_id: int, budget: float | None, scores: Tree | No
     else:
         leaves, structure = jax.tree.flatten(owner)
         keys = jax.random.split(key, len(leaves))
-        scores = structure.unflatten([jax.random.uniform(k, o.shape) for k, o in zip(keys, leaves, strict=True)])
+        drawn = [jax.random.uniform(k, o.shape, jnp.float32) for k, o in zip(keys, leaves, strict=True)]
+        scores = structure.unflatten(drawn)
     return _largest(owner, new, jnp.asarray(_count(owner, budget), jnp.int32), scores)
 
 

@@ -74,7 +74,7 @@ class Picking:
         bounds = [max(w.size // w.shape[-1], 1) ** -0.5 for w in leaves]
         keys = jax.random.split(key, len(leaves))
         drawn = [
-            jax.random.uniform(k, w.shape, minval=-b, maxval=b) for k, w, b in zip(keys, leaves, bounds, strict=True)
+            jax.random.uniform(k, w.shape, jnp.float32, -b, b) for k, w, b in zip(keys, leaves, bounds, strict=True)
         ]
         return structure.unflatten(drawn)
 

@@ -90,5 +90,5 @@ def _shared_of(ts: TrainState, backbone: Tree) -> Tree:
 
 def whole_leaves(ts: TrainState, shared: Tree) -> Tree:
     """Return a tree like `params["shared"]`, such as gradients, with whole leaves: 0 where they hold nothing."""
-    zeros = jax.tree.map(lambda owner: jnp.zeros(owner.shape), take({}, ts.owner, ts.places))
+    zeros = jax.tree.map(lambda owner: jnp.zeros(owner.shape, jnp.float32), take({}, ts.owner, ts.places))
     return put(ts.places, zeros, shared)

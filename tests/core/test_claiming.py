@@ -47,6 +47,13 @@ def test_without_scores_the_key_draws_which_weights(net, empty, assert_same):
     np.testing.assert_allclose(taken, 0.25, atol=0.07)
 
 
+def test_the_key_draws_the_same_weights_whatever_jax_draws_by_default(net, empty, assert_same):
+    pack = lambda: pae.pack(net, empty, "a", head=2, key=KEY(1), budget=0.25).owner  # noqa: E731
+    wanted = pack()
+    with jax.enable_x64(True):
+        assert_same(pack(), wanted)
+
+
 def test_with_scores_the_largest_of_the_free_weights_are_claimed(net, frozen):
     rng = np.random.default_rng(0)
     scores = jax.tree.map(lambda w: jnp.asarray(rng.random(w.shape), jnp.float32), frozen.shared)

@@ -167,6 +167,15 @@ def test_with_a_top_share_scores_start_uniform_by_fan_in_drawn_by_the_key(make_p
         assert (scores != np.asarray(other[path])).all()
 
 
+def test_with_a_top_share_scores_are_float32_whatever_jax_draws_by_default(net, make_picked, assert_same):
+    rule = pae.Picking(top=0.3)
+    wanted = make_picked(picking=rule)
+    with jax.enable_x64(True):
+        found = make_picked(picking=rule)
+        pae.check(found, net)
+    assert_same(found.tasks["b"].pick, wanted.tasks["b"].pick)
+
+
 def test_the_digest_of_settings_without_a_top_share_is_that_of_before_there_was_one(make_picked):
     """Tasks that pick and were frozen by an earlier version still verify."""
     entry = make_picked().tasks["b"]

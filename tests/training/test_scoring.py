@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import pae_jax as pae
 from pae_jax.trees import flatten
@@ -26,6 +27,16 @@ def test_scores_are_parallel_to_the_weights_float32_and_0_where_another_task_own
         assert (np.asarray(leaf)[owner == 1] == 0).all()
         assert (np.asarray(leaf)[owner == 0] > 0).mean() > 0.5
         assert (np.asarray(leaf) >= 0).all()
+
+
+def test_scores_are_float32_whatever_zeros_of_jax_are_by_default(data):
+    """Of leaves of which a task owns little, a part is trained and made whole."""
+    net = pae.linen(lambda width: nn.Dense(int(64 * width)), data[0][:1])
+    few = pae.pack(net, pae.init(net, KEY), "a", head=2, key=KEY)
+    few = pae.freeze(pae.prune(few, "a", 0.05), "a")
+    with jax.enable_x64(True):
+        found = pae.gradient_scores(net, few, "b", data, batch_size=8, batches=1, **NEW)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
 
 
 def test_a_score_is_the_mean_over_batches_of_the_squared_gradient_of_the_packed_task(net, frozen, data):
