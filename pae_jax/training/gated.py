@@ -127,6 +127,10 @@ def task_of(ts: TrainState, state: State) -> str:
     """Return the name of the task in a network."""
     if is_traced(ts.task_id):
         raise ArgumentError("commit finds its task by the id, which has no value inside jit; call it outside")
+    if ts.task_id.ndim:
+        raise ArgumentError(
+            f"this is a stack of {len(ts.task_id)} train states; commit one: jax.tree.map(lambda leaf: leaf[i], ts)"
+        )
     number = int(ts.task_id)
     for name in names(state):
         if state.tasks[name].id == number:

@@ -30,7 +30,7 @@ from pae_jax.training.variables import (
     require_updates,
     strayed,
 )
-from pae_jax.trees import PARAMS, Tree, flatten
+from pae_jax.trees import PARAMS, Tree, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
 _STATIC = {"static": True}
@@ -210,19 +210,23 @@ class TrainState:
         Raises:
           UnknownTaskError: the state has no task of this id.
           PhaseError: the task is frozen.
-          StructureError: a leaf of another shape or dtype, or NaN or infinity; names it.
+          StructureError: the state belongs to another model, or a leaf of another shape or dtype, or NaN or infinity;
+            names it.
+          ArgumentError: a stack of train states, or a call inside jit.
           ForgettingError: the train state was created from another state, or arrays of other tasks were changed; names
             the leaf.
         """
         task = gated.task_of(self, state)
-        find_trainable(state, task, "commit")
+        integrity.require_own_net(net, state, [find_trainable(state, task, "commit")])
+        hint = "Commit into the state that the train state was created from."
+        require_match(f"owners in the train state of task {task!r}", self.owner, state.owner, hint)
         if not is_traced((self.owner, state.owner)):
             before = on_devices_of(state.owner, self.owner)
             for path, count in flatten(strayed(self.owner, before, self.task_id)).items():
                 if int(count):
                     raise ForgettingError(
-                        f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. Commit "
-                        "into the state that the train state was created from; prune by TrainState.prune."
+                        f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. {hint} "
+                        "Prune by TrainState.prune."
                     )
         backbone, head, pick = arrays.raw_variables(self)
         return flax.accept(net, state, task, backbone, head, owner=self.owner, pick=pick)

@@ -555,6 +555,20 @@ def test_commit_refuses_a_state_that_it_was_not_created_from(net, state):
         ts.commit(net, wider)
 
 
+def test_commit_refuses_another_network_another_width_and_a_stack_of_train_states_by_name(
+    net, state, vector_module, nnx_net
+):
+    ts = pae.TrainState.create(net, state, "new", tx=ADAMW)
+    for other in (nnx_net, pae.linen(vector_module, X[:1], packable=lambda path, leaf: "Dense_0" in path)):
+        with pytest.raises(pae.StructureError, match=r"state.shared, leaf .*Was the state made with this net"):
+            ts.commit(other, state)
+    wide = pae.expand(net, pae.drop(state, "new"), width=1.5, key=KEY(4))
+    with pytest.raises(pae.StructureError, match=r"owners .* of task 'new', leaf 'Dense_0/kernel': found int8\[4,8\]"):
+        ts.commit(net, pae.pack(net, wide, "new", head=2, key=KEY(2)))
+    with pytest.raises(pae.ArgumentError, match="this is a stack of 3 train states; commit one"):
+        jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), ts).commit(net, state)
+
+
 def test_commit_refuses_what_was_changed_behind_its_back(net, some_leaves):
     ts = pae.TrainState.create(net, some_leaves, "new", tx=ADAMW)
     backbone = ts.variables["backbone"]
