@@ -304,8 +304,8 @@ def accept(
     owner = state.owner if owner is None else owner
     if not is_traced((shared, local, head, owner, pick, state)):
         own = (state.shared, entry.local, entry.head, state.owner)
-        shared, local, head, owner = jax.tree.map(_beside, (shared, local, head, owner), own)
-        pick = pick if pick is None else jax.tree.map(_beside, pick, entry.pick)
+        shared, local, head, owner = jax.tree.map(beside, (shared, local, head, owner), own)
+        pick = pick if pick is None else jax.tree.map(beside, pick, entry.pick)
         backbone = merge(shared, local)
         _require_unchanged(task, entry, shared, handed, _closed(owner, shown))
         before = {"backbone": merge(handed, entry.local), "head": entry.head, "pick": entry.pick or {}}
@@ -315,6 +315,18 @@ def accept(
     taken = ownership.taken(state.shared, shown, shared, _closed(owner, shown), ownership.id_array(entry.id))
     entry = entry.replace(local=local, head=head, pick=entry.pick if pick is None else pick)
     return state.replace(shared=taken, owner=owner, tasks={**state.tasks, task: entry})
+
+
+def beside(new: Any, old: Any) -> Any:
+    """Return an array on the devices of the network's own array; a trainer may have moved or sharded it."""
+    if not (isinstance(new, jax.Array) and isinstance(old, jax.Array)) or new.sharding == old.sharding:
+        return new
+    if len(old.sharding.device_set) > 1:
+        return jax.device_put(new, old.sharding)
+    if new.sharding.device_set == old.sharding.device_set or not new.is_fully_addressable:
+        return new
+    # What is not bound to a device stays so, because compiled functions compile again for arrays that are.
+    return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(np.asarray(new))
 
 
 def _open(state: State, entry: TaskState) -> Tree:
@@ -330,15 +342,6 @@ def _closed(owner: Tree, shown: Tree) -> Tree:
     if owner is shown:
         return owner
     return jax.tree.map(lambda o, s: jnp.where(s == ownership.FREE, jnp.zeros((), o.dtype), o), owner, shown)
-
-
-def _beside(new: Any, old: Any) -> Any:
-    """Return an array on the devices of the network's own array; a trainer may have sharded it."""
-    if not (isinstance(new, jax.Array) and isinstance(old, jax.Array)) or new.sharding == old.sharding:
-        return new
-    if len(old.sharding.device_set) > 1:
-        return jax.device_put(new, old.sharding)
-    return jnp.asarray(np.asarray(new)) if len(new.sharding.device_set) > 1 and new.is_fully_addressable else new
 
 
 def _copied(leaf: Any) -> jax.Array:

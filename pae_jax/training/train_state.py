@@ -24,7 +24,6 @@ from pae_jax.training.places import find_all, take
 from pae_jax.training.task_arrays import Params
 from pae_jax.training.variables import (
     joined,
-    on_devices_of,
     paths,
     require_like,
     require_updates,
@@ -217,19 +216,21 @@ class TrainState:
             the leaf.
         """
         task = gated.task_of(self, state)
-        integrity.require_own_net(net, state, [find_trainable(state, task, "commit")])
+        entry = find_trainable(state, task, "commit")
+        integrity.require_own_net(net, state, [entry])
         hint = "Commit into the state that the train state was created from."
         require_match(f"owners in the train state of task {task!r}", self.owner, state.owner, hint)
-        if not is_traced((self.owner, state.owner)):
-            before = on_devices_of(state.owner, self.owner)
-            for path, count in flatten(strayed(self.owner, before, self.task_id)).items():
+        owner = self.owner
+        if not is_traced((owner, state.owner)):
+            owner = jax.tree.map(flax.beside, owner, state.owner)
+            for path, count in flatten(strayed(owner, state.owner, ownership.id_array(entry.id))).items():
                 if int(count):
                     raise ForgettingError(
                         f"task {task!r}: {int(count)} weights of '{path}' have other owners than in the state. {hint} "
                         "Prune by TrainState.prune."
                     )
         backbone, head, pick = arrays.raw_variables(self)
-        return flax.accept(net, state, task, backbone, head, owner=self.owner, pick=pick)
+        return flax.accept(net, state, task, backbone, head, owner=owner, pick=pick)
 
     def __repr__(self) -> str:
         weights = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))

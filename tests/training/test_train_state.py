@@ -366,6 +366,32 @@ def test_a_train_state_spread_over_eight_devices_trains_prunes_and_comes_home(on
     assert on_eight_devices[axes] == {"close": True, "exact": True, "bits": True, "home": True}
 
 
+ELSEWHERE = """
+import jax, numpy as np, optax
+import pae_jax as pae
+
+X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+net = pae.linen(pae.models.MLP, X[:1])
+free = pae.pack(net, pae.init(net, jax.random.key(0)), "old", head=2, key=jax.random.key(1))
+free = pae.pack(net, pae.freeze(pae.prune(free, "old", 0.5), "old"), "new", head=2, key=jax.random.key(2))
+home, away = jax.devices()[0], jax.devices()[2]
+for state in (free, jax.device_put(free, home)):
+    ts = jax.device_put(pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1)), away)
+    ts = jax.jit(lambda ts: ts.apply_gradients(grads=ts.params).prune(0.5))(ts)
+    variables = jax.device_put(pae.task_variables(net, state, "new"), away)
+    for after in (ts.commit(net, state), pae.commit(net, state, "new", variables)):
+        pae.verify(after)
+        for leaf, before in zip(jax.tree.leaves(after), jax.tree.leaves(state)):
+            assert (leaf.devices(), leaf.committed) == ({home}, before.committed)
+        for name in ("old", "new"):
+            assert pae.predict(net, after, name, X).devices() == {home}
+"""
+
+
+def test_a_task_trained_on_another_device_is_committed_to_the_device_of_the_network(on_devices):
+    assert on_devices(4, ELSEWHERE) == []
+
+
 # What is trained, and what is read
 
 
