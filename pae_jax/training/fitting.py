@@ -20,6 +20,7 @@ from pae_jax.training.choice import Best
 from pae_jax.training.evaluation import EVAL_BATCH
 from pae_jax.training.loop import History, Row, Training
 from pae_jax.training.losses import Loss, LossPer, Values, objective
+from pae_jax.training.optimizer import holds
 from pae_jax.training.sharding import Devices, devices_of
 from pae_jax.training.train_state import PARTS, TrainState, created_like
 from pae_jax.trees import abstract, flatten, require_match
@@ -161,8 +162,7 @@ def trained(
     if not ts.params:
         raise ArgumentError("parts is empty, or names what the task does not have: nothing would be trained")
     for kind in _BEYOND_FIT:
-        leaves = jax.tree.leaves(ts.opt_state, is_leaf=lambda node, kind=kind: isinstance(node, kind))
-        if any(isinstance(leaf, kind) for leaf in leaves):
+        if holds(ts.opt_state, kind):
             raise ArgumentError(
                 f"an optimizer with {kind.__name__} moves weights that are not those to keep; fit does not know when "
                 "to look. Write the step yourself with pae.TrainState."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 
 from pae_jax.errors import ArgumentError
@@ -22,3 +23,9 @@ def transformation(optimizer: Any) -> optax.GradientTransformation:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ArgumentError(f"an optimizer must be an optax gradient transformation, found {type(optimizer).__name__}")
     return optimizer
+
+
+def holds(opt_state: Any, kind: type) -> bool:
+    """Return whether an optimizer's state is, or has in it, a state of a kind."""
+    is_kind = lambda node: isinstance(node, kind)  # noqa: E731
+    return any(map(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind)))

@@ -14,11 +14,11 @@ from flax import traverse_util
 
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
 from pae_jax.core import Of, Picking, Scope, State, find_trainable, flax, integrity, ownership, pruning
-from pae_jax.errors import ForgettingError
+from pae_jax.errors import ArgumentError, ForgettingError
 from pae_jax.nets import Net, Rngs
 from pae_jax.training import gated
 from pae_jax.training import task_arrays as arrays
-from pae_jax.training.optimizer import transformation
+from pae_jax.training.optimizer import holds, transformation
 from pae_jax.training.pickling import picklable
 from pae_jax.training.places import find_all, take
 from pae_jax.training.task_arrays import Params
@@ -123,7 +123,7 @@ class TrainState:
         Raises:
           UnknownTaskError, PhaseError: no such task, or it is frozen.
           StructureError: the state belongs to another model.
-          ArgumentError: an unknown part, or `tx` is no optimizer.
+          ArgumentError: an unknown part, or `tx` is no optimizer, or has `optax.lookahead` inside another.
         """
         return _made(net, state, task, tx, key, parts, None)
 
@@ -322,5 +322,11 @@ def _made(
     seen = arrays.own(made, made.params)
     # An optimizer may use one array in two places, which cannot be donated.
     opt_state = jax.tree.map(jnp.copy, transformation(tx).init(seen))
-    slow = jax.tree.map(jnp.copy, seen) if isinstance(opt_state, optax.LookaheadState) else None
+    outermost = isinstance(opt_state, optax.LookaheadState)
+    if holds(opt_state.fast_state if outermost else opt_state, optax.LookaheadState):
+        raise ArgumentError(
+            "optax.lookahead inside another transformation gets no slow parameters; put optax.lookahead outermost: "
+            "optax.lookahead(optax.chain(...), ...)"
+        )
+    slow = jax.tree.map(jnp.copy, seen) if outermost else None
     return dataclasses.replace(made, opt_state=opt_state, slow=slow)

@@ -640,6 +640,23 @@ def test_create_refuses_frozen_and_unknown_tasks_other_networks_and_what_is_no_o
         pae.TrainState.create(net, state, "new", tx=ADAMW, key=3)
 
 
+LOOKAHEAD = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.clip(1.0), LOOKAHEAD),
+        optax.MultiSteps(LOOKAHEAD, 2),
+        optax.lookahead(optax.chain(LOOKAHEAD), sync_period=2, slow_step_size=0.5),
+    ],
+    ids=["chain", "steps", "lookahead"],
+)
+def test_create_refuses_a_lookahead_that_is_not_outermost(net, state, tx):
+    with pytest.raises(pae.ArgumentError, match=r"put optax\.lookahead outermost"):
+        pae.TrainState.create(net, state, "new", tx=tx)
+
+
 # Parts, randomness, and what modules sow
 
 
