@@ -15,6 +15,7 @@ from pae_jax.checks import check_choice, check_count, check_key, check_kind
 from pae_jax.core import CubicSchedule, State, find_trainable, integrity
 from pae_jax.errors import ArgumentError, kind_of
 from pae_jax.nets import Net
+from pae_jax.training import gated
 from pae_jax.training.batches import Augment, feed, form
 from pae_jax.training.choice import Best
 from pae_jax.training.evaluation import EVAL_BATCH
@@ -191,7 +192,7 @@ def _resumed(
     if ts is None:
         raise ArgumentError("resume= needs the history of a fit that did not diverge")
     same = ts.net is training.form.net and (ts.width, int(ts.task_id)) == (entry.width, entry.id)
-    if not same:
+    if not same or not gated.is_of(ts, training.task):
         raise ArgumentError(f"resume= is the history of another task, width or network than {training.task!r} here")
     owner, known = flatten(training.state.owner), flatten(ts.owner)
     for path, ids in known.items():

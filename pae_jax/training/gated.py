@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pae_jax.checks import is_traced
 from pae_jax.core import Scope, State, names, ownership, pruning
-from pae_jax.errors import ArgumentError, UnknownTaskError
+from pae_jax.errors import ArgumentError, ForgettingError, UnknownTaskError
 from pae_jax.nets import Rngs, heads
 from pae_jax.training import partial_gradients
 from pae_jax.training import task_arrays as arrays
@@ -134,5 +136,20 @@ def task_of(ts: TrainState, state: State) -> str:
     number = int(ts.task_id)
     for name in names(state):
         if state.tasks[name].id == number:
+            if not is_of(ts, name):
+                raise ForgettingError(
+                    f"this train state was created for another task than {name!r}, which has the same id {number}. "
+                    "Commit into the state that the train state was created from."
+                )
             return name
     raise UnknownTaskError(number, names(state), "the network to commit to")
+
+
+def digest_of(task: str) -> np.ndarray:
+    """Return a digest of a task's name as an array, uint32 (2,); a name in the tree would compile for every task."""
+    return np.frombuffer(hashlib.sha256(task.encode()).digest()[:8], np.uint32)
+
+
+def is_of(ts: TrainState, task: str) -> bool:
+    """Return whether a train state was created for a task of this name."""
+    return bool((np.asarray(ts.task_name) == digest_of(task)).all())

@@ -56,6 +56,7 @@ class TrainState:
       places: for each of these leaves, where its parameter lies.
       owner: owner ids of all shared weights.
       task_id: int8 scalar.
+      task_name: digest of the task's name, uint32 (2,).
       key: random key from which steps draw; None without.
       slow: the slow parameters of `optax.lookahead`; None with every other optimizer.
       net, width, head_spec, sharing, picking, tx: static; they determine the compiled step.
@@ -85,6 +86,7 @@ class TrainState:
     places: Tree
     owner: Tree
     task_id: jax.Array
+    task_name: jax.Array
     key: jax.Array | None
     slow: Params | None
     net: Any = dataclasses.field(metadata=_STATIC)
@@ -212,8 +214,8 @@ class TrainState:
           StructureError: the state belongs to another model, or a leaf of another shape or dtype, or NaN or infinity;
             names it.
           ArgumentError: a stack of train states, or a call inside jit.
-          ForgettingError: the train state was created from another state, or arrays of other tasks were changed; names
-            the leaf.
+          ForgettingError: the train state was created for another task or from another state, or arrays of other tasks
+            were changed; names the leaf.
         """
         task = gated.task_of(self, state)
         entry = find_trainable(state, task, "commit")
@@ -310,6 +312,7 @@ def _made(
         places=copied[2],
         owner=copied[3],
         task_id=task_id,
+        task_name=jnp.array(gated.digest_of(task)),
         key=None if key is None else jnp.copy(check_key(key)),
         slow=None,
         net=net,

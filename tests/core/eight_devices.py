@@ -244,7 +244,7 @@ def test_a_device_holds_its_share_of_weights_owners_and_optimizer_and_all_else_w
     for device in jax.devices()[:2]:
         first = device == jax.devices()[0]  # it alone has the digests, and the numbers that count steps
         assert held(state, device) == 5 * weights / 8 + 4 * (local + head) + 4 * local + first * 32 * arrays
-        assert held(ts, device) == 13 * weights / 8 + 12 * (local + head) - 8 * statistics + first * 9
+        assert held(ts, device) == 13 * weights / 8 + 12 * (local + head) - 8 * statistics + first * 17
 
 
 def largest_moved(compiled):

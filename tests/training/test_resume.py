@@ -174,6 +174,9 @@ def test_the_history_of_another_state_is_refused(net, packed, empty, quick_fit, 
     later = pae.pack(net, pae.freeze(pae.prune(state, "a", 0.5), "a"), "b", head=2, key=jax.random.key(3))
     with pytest.raises(pae.ArgumentError, match="resume= is the history of another task, width or network than 'b'"):
         quick_fit(later, "b", resume=history)
+    namesake = pae.pack(net, empty, "b", head=2, key=jax.random.key(1))  # of the same id, arrays and owners
+    with pytest.raises(pae.ArgumentError, match="resume= is the history of another task, width or network than 'b'"):
+        quick_fit(namesake, "b", resume=history)
     other = pae.linen(lambda width: vector_module(width), jnp.zeros((1, 4)))
     with pytest.raises(pae.ArgumentError, match="resume= is the history of another task, width or network than 'a'"):
         quick_fit(state, "a", net=other, resume=history)

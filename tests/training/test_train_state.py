@@ -581,6 +581,13 @@ def test_commit_refuses_a_state_that_it_was_not_created_from(net, state):
         ts.commit(net, wider)
 
 
+def test_commit_refuses_another_task_that_has_the_same_id(net, state):
+    ts = jax.jit(plain_step)(pae.TrainState.create(net, state, "new", tx=ADAMW), X[:8], Y[:8])
+    other = pae.pack(net, pae.drop(state, "new"), "other", head=2, key=KEY(2), weight_init="fresh")
+    with pytest.raises(pae.ForgettingError, match="was created for another task than 'other', which has the same id 2"):
+        ts.commit(net, other)
+
+
 def test_commit_refuses_another_network_another_width_and_a_stack_of_train_states_by_name(
     net, state, vector_module, nnx_net
 ):
@@ -754,7 +761,7 @@ def test_a_train_state_is_a_tree_copies_and_pickles(net, state, assert_same):
     ts = train(pae.TrainState.create(net, state, "new", tx=pae.recipes.Adam(learning_rate=0.01), key=KEY(3)), 1)
     assert_same(jax.tree.map(lambda leaf: leaf, ts).params, ts.params)
     paths = {path.split("/")[0] for path in flatten(ts)}
-    assert paths == {"step", "params", "opt_state", "variables", "owner", "task_id", "key"}
+    assert paths == {"step", "params", "opt_state", "variables", "owner", "task_id", "task_name", "key"}
     deep = copy.deepcopy(ts)
     assert all(a is not b for a, b in zip(jax.tree.leaves(deep), jax.tree.leaves(ts), strict=True))
     assert_same((deep.params, deep.opt_state), (ts.params, ts.opt_state))
