@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -33,7 +34,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Map inputs (batch, ...) to features (batch, floor(hidden[-1] * width))."""
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         for units in self.hidden:
             x = nn.relu(nn.Dense(scaled(units, self.width))(x))
         return x

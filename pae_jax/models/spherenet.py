@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ class SphereNet20(nn.Module):
             for pair in range(pairs):
                 first = self._layer(x, channels, f"{stage}_{2 * pair + 2}")
                 x = x + self._layer(first, channels, f"{stage}_{2 * pair + 3}")
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
     def _layer(self, x: jax.Array, channels: int, name: str, stride: int = 1) -> jax.Array:
         count, init = scaled(channels, self.width), nn.initializers.variance_scaling(2.0, "fan_out", "normal")

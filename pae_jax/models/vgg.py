@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -73,7 +74,7 @@ class VGG16(nn.Module):
                 norm = nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=f"BatchNorm_{block}_{layer}")
                 x = nn.relu(norm(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         for layer, units in enumerate(self.dense, start=1):
             init = nn.initializers.normal(0.01)
             x = nn.Dense(scaled(units, self.width), kernel_init=init, dtype=self.dtype, name=f"Dense_{layer}")(x)

@@ -35,6 +35,21 @@ def mode(module):
     return {} if isinstance(module, models.SphereNet20) else {"train": False}
 
 
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (models.MLP(), (1, 4, 3)),
+        (models.VGG16(width=1 / 64, dense=(64,)), (1, 32, 32, 1)),
+        (models.SphereNet20(width=1 / 64), (1, 112, 96, 3)),
+    ],
+    ids=["mlp", "vgg", "spherenet"],
+)
+def test_a_network_that_flattens_its_features_takes_a_batch_of_no_examples(module, shape):
+    none = jax.ShapeDtypeStruct((0, *shape[1:]), jnp.float32)
+    features = jax.eval_shape(lambda v, x: module.apply(v, x, **mode(module)), abstract(module, shape), none)
+    assert features.shape[0] == 0 < features.shape[1]
+
+
 def fill(variables):
     """Make abstract variables real, by NumPy: compiling JAX's generator takes longer than the networks."""
     rng = np.random.default_rng(0)
