@@ -12,7 +12,7 @@ import numpy as np
 from pae_jax import html
 from pae_jax.checks import check_number
 from pae_jax.core import State, TaskState, names, ownership, spread_arrays
-from pae_jax.errors import UnknownTaskError
+from pae_jax.errors import ArgumentError, UnknownTaskError
 from pae_jax.reports.page import text_table
 from pae_jax.trees import flatten
 
@@ -61,6 +61,8 @@ class Transfer:
         from pae_jax.reports.plotting import Picture
 
         tasks = [row["task"] for row in self.rows]
+        if not tasks:
+            raise ArgumentError("the network has no tasks to plot; pack one first")
         known = any(row["gain"] is not None for row in self.rows)
         size = 1.6 + 0.45 * len(tasks)
         figure = Picture((2 if known else 1) * size + 1.2, size)

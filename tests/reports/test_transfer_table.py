@@ -79,3 +79,8 @@ def test_the_report_shows_itself_as_text_page_and_picture(three, empty):
     assert len(found.plot().axes) == 3 and len(pae.transfer(three).plot().axes) == 2
     assert pae.transfer(empty).rows == []
     assert str(pae.transfer(empty)).split() == ["task", "sees", "reused"]
+
+
+def test_there_is_no_plot_of_a_network_without_tasks(empty):
+    with pytest.raises(pae.ArgumentError, match="no tasks to plot"):
+        pae.transfer(empty).plot()
