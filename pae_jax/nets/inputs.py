@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.checks import check_count, is_traced
-from pae_jax.errors import DataError, StructureError
+from pae_jax.errors import ArgumentError, DataError, StructureError
 from pae_jax.nets.network import Net, batch_size
 from pae_jax.trees import Tree, describe, flatten, path_name, sketch
 
@@ -176,6 +176,8 @@ def in_pieces(net: Net, x: Tree, batch_size: int | None, apply: Callable[[Tree],
     size = None if batch_size is None else check_count("batch_size", batch_size, 1)
     if size is None or count == 0:
         return apply(owned(x))
+    if is_traced(x):
+        raise ArgumentError("batch_size cuts a batch into chunks on the host; leave batch_size out inside jit")
     host = jax.tree.map(np.asarray, x)
     pieces = [apply(filled_rows(host, range(start, min(start + size, count)), size)) for start in range(0, count, size)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *pieces)

@@ -6,7 +6,7 @@ run through the function that `predict` compiles, on the same operands, so outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from pae_jax.checks import check_choice, check_count
 from pae_jax.core import State, TaskState, find, integrity, names, ownership
-from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError
+from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError, kind_of
 from pae_jax.nets import Net, apply_task, check_net, heads, inputs
 from pae_jax.serving import all_tasks
 from pae_jax.serving.all_tasks import By, Inference
@@ -103,7 +103,8 @@ class Server:
         Args:
           task: name or id of a task.
           x: inputs (batch, ...), NumPy or JAX arrays, shapes and dtypes as in the net's sample.
-          batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
+          batch_size: compute in chunks of this size, with the last one padded; None computes all at once, and has to
+            be used inside jit.
 
         Returns:
           The head's output (batch, ...).
@@ -136,7 +137,7 @@ class Server:
         return {name: self.predict(name, x, batch_size=batch_size) for name in self.tasks}
 
     def predict_mixed(
-        self, tasks: Sequence[str | int] | np.ndarray | jax.Array, x: Tree, *, batch_size: int | None = None
+        self, tasks: Iterable[str | int] | np.ndarray | jax.Array, x: Tree, *, batch_size: int | None = None
     ) -> list[Any]:
         """Return for each example the logits of its given task.
 
@@ -153,17 +154,18 @@ class Server:
           order of the examples.
 
         Raises:
-          ArgumentError: `tasks` is a single name.
+          ArgumentError: `tasks` is a single name, or no collection.
           DataError: not one task per example.
           UnknownTaskError, PhaseError, StructureError: as `predict`.
         """
-        if isinstance(tasks, str):
-            raise ArgumentError(f"tasks must be one name or id per example, found the name {tasks!r}; use predict")
+        if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+            given = f"the name {tasks!r}" if isinstance(tasks, str) else kind_of(tasks)
+            raise ArgumentError(f"tasks must be one name or id per example, found {given}; use predict for one task")
+        listed = tasks.tolist() if isinstance(tasks, (np.ndarray, jax.Array)) else list(tasks)
         x, count = inputs.checked(self._net, x)
-        if len(tasks) != count:
-            raise DataError(f"tasks names {len(tasks)} tasks and x has {count} examples; they must be equal")
+        if len(listed) != count:
+            raise DataError(f"tasks names {len(listed)} tasks and x has {count} examples; they must be equal")
         limit = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        listed = tasks.tolist() if isinstance(tasks, (np.ndarray, jax.Array)) else tasks
         rows: dict[str, list[int]] = {}
         for row, task in enumerate(listed):
             rows.setdefault(self._name(task), []).append(row)

@@ -129,7 +129,8 @@ def predict(net: Net, state: State, task: str, x: Tree, *, batch_size: int | Non
       state: the network.
       task: name of a task, in any phase.
       x: inputs (batch, ...), shapes and dtypes as in the net's sample.
-      batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
+      batch_size: compute in chunks of this size, with the last one padded; None computes all at once, and has to
+        be used inside jit.
 
     Returns:
       The head's output: an array, or a tree of arrays, (batch, ...).
@@ -159,7 +160,8 @@ def features(net: Net, state: State, task: str, x: Tree, *, batch_size: int | No
       state: the network.
       task: name of a task, in any phase.
       x: inputs (batch, ...), shapes and dtypes as in the net's sample.
-      batch_size: compute in chunks of this size, with the last one padded; None computes all at once.
+      batch_size: compute in chunks of this size, with the last one padded; None computes all at once, and has to
+        be used inside jit.
 
     Returns:
       The backbone's output (batch, ...) at the task's own width.

@@ -160,8 +160,6 @@ def trained(
         )
     else:
         ts = _resumed(training, optimizer, parts, step_key, resume)
-    if not ts.params:
-        raise ArgumentError("parts is empty, or names what the task does not have: nothing would be trained")
     for kind in _BEYOND_FIT:
         if holds(ts.opt_state, kind):
             raise ArgumentError(

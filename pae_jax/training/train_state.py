@@ -126,7 +126,8 @@ class TrainState:
         Raises:
           UnknownTaskError, PhaseError: no such task, or it is frozen.
           StructureError: the state belongs to another model.
-          ArgumentError: an unknown part, or `tx` is no optimizer, or has `optax.lookahead` inside another.
+          ArgumentError: an unknown part, no part that the task has, or `tx` is no optimizer, or has `optax.lookahead`
+            inside another.
         """
         return _made(net, state, task, tx, key, parts, None)
 
@@ -299,6 +300,8 @@ def _made(
     everything = {"shared": take(places, weights, shared)}
     everything |= {"local": local, "head": head} | ({"pick": entry.pick} if picks else {})
     params = {part: everything[part] for part in PARTS if part in everything and part in parts}
+    if not params:
+        raise ArgumentError("parts is empty, or names what the task does not have: nothing would be trained")
     whole = set(moving) - set(traverse_util.flatten_dict(places))
     still = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path not in whole})
     backbone = {**entry.local, PARAMS: joined(still, {} if "local" in params else local)}

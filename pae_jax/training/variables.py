@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, reshard
 
 from pae_jax.checks import is_traced
 from pae_jax.core import ownership
-from pae_jax.errors import ArgumentError, StructureError
+from pae_jax.errors import ArgumentError, StructureError, kind_of
 from pae_jax.trees import Tree, describe, flatten, require_match
 
 
@@ -50,11 +51,15 @@ def require_like(name: str, tree: Tree, params: Tree) -> None:
 
 def require_updates(updates: dict[str, Tree], variables: dict[str, Tree]) -> None:
     """Raise unless updates are what `TrainState.apply_fn` returns."""
+    expected = "expected those that apply_fn returns: {'backbone': {collection: ...}, 'head': {...}}"
+    if not isinstance(updates, Mapping):
+        raise ArgumentError(f"updates is {kind_of(updates)}, {expected}")
     for part, collections in updates.items():
         if part not in ("backbone", "head"):
-            raise ArgumentError(
-                f"updates has {part!r}, expected those that apply_fn returns: {{'backbone': ..., 'head': ...}}"
-            )
+            raise ArgumentError(f"updates has {part!r}, {expected}")
+        for found in (collections, *(collections.values() if isinstance(collections, Mapping) else ())):
+            if not isinstance(found, Mapping):
+                raise ArgumentError(f"updates has {kind_of(found)} in {part!r}, {expected}")
         known = flatten(variables[part])
         for path, leaf in flatten(collections).items():
             if path in known and _other_shape(leaf, known[path]):

@@ -643,6 +643,9 @@ def test_create_refuses_frozen_and_unknown_tasks_other_networks_and_what_is_no_o
         pae.TrainState.create(net, state, "new", tx="adam")
     with pytest.raises(pae.ArgumentError, match="parts must be one of 'shared', 'local', 'head', 'pick', found 'body'"):
         pae.TrainState.create(net, state, "new", tx=ADAMW, parts=("body",))
+    for parts in ((), ("pick",)):
+        with pytest.raises(pae.ArgumentError, match="parts is empty, or names what the task does not have"):
+            pae.TrainState.create(net, state, "new", tx=ADAMW, parts=parts)
     with pytest.raises(pae.ArgumentError, match="key must be one random key"):
         pae.TrainState.create(net, state, "new", tx=ADAMW, key=3)
 
@@ -809,6 +812,9 @@ def test_updates_that_apply_fn_did_not_return_are_refused(net, state):
     _, updates = ts.apply_fn(ts.params, X, train=True)
     for wrong in (updates["backbone"], updates["backbone"]["batch_stats"]):
         with pytest.raises(pae.ArgumentError, match="expected those that apply_fn returns"):
+            ts.apply_gradients(grads=zeros, updates=wrong)
+    for wrong in ((X, updates), {"backbone": None}, {"backbone": {"batch_stats": None}}):
+        with pytest.raises(pae.ArgumentError, match=r"updates (is|has) .*, expected those that apply_fn returns"):
             ts.apply_gradients(grads=zeros, updates=wrong)
     batched = jax.tree.map(lambda leaf: leaf[None], updates)
     with pytest.raises(pae.StructureError, match="updates of the backbone, leaf 'batch_stats"):
