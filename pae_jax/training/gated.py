@@ -147,7 +147,7 @@ def task_of(ts: TrainState, state: State) -> str:
 
 def digest_of(task: str) -> np.ndarray:
     """Return a digest of a task's name as an array, uint32 (2,); a name in the tree would compile for every task."""
-    return np.frombuffer(hashlib.sha256(task.encode()).digest()[:8], np.uint32)
+    return np.frombuffer(hashlib.sha256(task.encode(errors="surrogatepass")).digest()[:8], np.uint32)
 
 
 def is_of(ts: TrainState, task: str) -> bool:
