@@ -92,6 +92,8 @@ class Snapshot(NamedTuple):
     score: tuple[float, float]
     epoch: int
     ts: TrainState
+    by_user: bool
+    """Whether the score is that of `Best(score=)`, which is on a scale of its own."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,13 @@ class Progress:
             return now
         # The next step overwrites the arrays in place. The optimizer's state is only restored on a plateau.
         kept = jax.tree.map(jnp.copy, ts if rule.plateau else ts.replace(opt_state=None))
-        return replace(now, best=Snapshot(score, int(row["epoch"]), kept))
+        return replace(now, best=Snapshot(score, int(row["epoch"]), kept, "score" in row))
 
     def resumed(self, ts: TrainState, rule: Best, rescored: Callable[[TrainState], dict[str, float]]) -> Progress:
         """Return the progress that another call goes on with, whose rule, data or pruning may be others.
 
-        The best epoch is scored anew. It does not count if the task owned other weights then, or if it lacks the
-        optimizer's state, to which a plateau would go back.
+        The best epoch does not count if the task owned other weights then, or if it lacks the optimizer's state, to
+        which a plateau would go back. It is scored anew if it was chosen by another kind of score.
         """
         if self.best is None:
             return self
@@ -138,7 +140,11 @@ class Progress:
         same = all(bool((a == b).all()) for a, b in zip(before, now, strict=True))
         if not same or (rule.plateau is not None and self.best.ts.opt_state is None):
             return replace(self, best=None, waited=0)
-        return replace(self, best=self.best._replace(score=_score(rescored(self.best.ts))))
+        if self.best.by_user == (rule.score is not None):
+            return self
+        return replace(
+            self, best=self.best._replace(score=_score(rescored(self.best.ts)), by_user=not self.best.by_user)
+        )
 
     def slowed(self, ts: TrainState, plateau: Plateau | None) -> tuple[Progress, TrainState | None]:
         """Return the progress and the state to continue from, None if training ends."""

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from pae_jax.lifelong.describing import code_of
-from pae_jax.lifelong.recipes import Phase, Rate, plain
+from pae_jax.lifelong.recipe import plain
+from pae_jax.lifelong.recipes import Phase, Rate
 
 
 class Momentum:

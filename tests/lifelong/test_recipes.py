@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import pae_jax as pae
 from pae_jax.errors import ArgumentError
-from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd, plain
+from pae_jax.lifelong.recipe import plain
+from pae_jax.lifelong.recipes import Adam, Expansion, Ladder, Phase, Rate, Recipe, Sgd
 
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EVERYTHING = ("shared", "local", "head")

@@ -81,7 +81,7 @@ def test_a_train_state_has_the_bytes_of_the_formula(net, tasks):
     n, local, head, _ = counts(net, tasks[1])
     ts = pae.TrainState.create(net, tasks[1], "a", tx=optax.adam(0.01))
     statistics = sum(leaf.size for leaf in jax.tree.leaves(tasks[1].local["batch_stats"]))
-    scalars = 4 + 1 + 4  # steps of the state and of Adam, and the task's id
+    scalars = 4 + 1 + 8 + 4  # steps of the state and of Adam, the task's id and the digest of its name
     assert size_of(ts) == train_state(n, 1, local, head) - 8 * statistics + scalars
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import pae_jax as pae
 from pae_jax.core import ownership
-from pae_jax.training import steps
+from pae_jax.training import steps, task_arrays
 from pae_jax.training.losses import Objective, accuracy, softmax_cross_entropy
 from pae_jax.trees import flatten
 
@@ -38,7 +38,7 @@ def test_leaving_out_the_forward_mask_under_sharing_all_changes_no_bit_of_loss_g
     batches = [(data[0][i : i + 8], data[1][i : i + 8]) for i in range(0, 32, 8)]
     tx, masked = optax.sgd(1.0, momentum=0.9), []
     plain, sums = run(net, state, "c", tx, batches)
-    unmasked = pae.TrainState.model_variables
+    unmasked = task_arrays.model_variables
 
     def model_variables(ts, params):
         backbone, head = unmasked(ts, params)
@@ -48,7 +48,7 @@ def test_leaving_out_the_forward_mask_under_sharing_all_changes_no_bit_of_loss_g
         merged = {name: {**layer, **shared.get(name, {})} for name, layer in backbone["params"].items()}
         return {**backbone, "params": merged}, head
 
-    monkeypatch.setattr(pae.TrainState, "model_variables", model_variables)
+    monkeypatch.setattr(task_arrays, "model_variables", model_variables)
     hidden, masked_sums = run(net, state, "c", tx, batches)
     assert masked[0] == ["Dense_0", "Dense_1"]
     for part in ("params", "opt_state", "variables", "owner"):
