@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 import pae_jax as pae
 from pae_jax import data, recipes
-from pae_jax.reports import sizes
+from pae_jax.reports import sizes, write_json
 
 RECIPES = ("pae", "cpg", "packnet", "piggyback", "wsn", "supsup", "exssnet")
 METHODS = (*RECIPES, *baselines.METHODS)
@@ -256,9 +256,7 @@ def run_seed(stream: Stream, methods: Sequence[str], out: Path) -> None:
                 seconds = round(earlier + time.perf_counter() - started, 1)
                 spent.write_text(f"{seconds}\n")
             found |= {"seed": seed, "seconds": seconds}
-            aside = file.with_suffix(".tmp")  # a file that is there counts as finished, so it appears whole
-            aside.write_text(json.dumps(found, indent=1) + "\n")
-            aside.replace(file)
+            write_json(file, found)
         if method == "separate":
             goals = json.loads(file.read_text())["goals"]
 
@@ -305,7 +303,7 @@ def open_folder(out: Path, preset: Preset, tasks: int | None) -> None:
     if record.exists() and json.loads(record.read_text()) != mine:
         raise SystemExit(f"{out} was begun with other settings ({record}); pass another --out")
     out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(mine, indent=1) + "\n")
+    write_json(record, mine)
 
 
 if __name__ == "__main__":

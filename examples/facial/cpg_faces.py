@@ -30,7 +30,7 @@ import facial_modules_data as sources
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facial_modules_files import check_folder, open_folder, write_json
+from facial_modules_files import check_folder, open_folder
 from facial_modules_folders import folders
 from facial_modules_presets import Preset
 
@@ -38,7 +38,7 @@ import pae_jax as pae
 from pae_jax import recipes
 from pae_jax.errors import ArgumentError, PaeError
 from pae_jax.faces.losses import AngularHead, ASoftmax
-from pae_jax.reports import text_table
+from pae_jax.reports import text_table, write_json
 
 FACE = "face"
 MARGINS = {FACE: 0.005, "gender": 0.015, "expression": 0.005, "age": 0.010}

@@ -46,7 +46,7 @@ import facial_modules_report as report
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facial_modules_files import check_folder, open_folder, read_json, write_json
+from facial_modules_files import check_folder, open_folder, read_json
 from facial_modules_folders import folders
 from facial_modules_presets import PRESETS, Preset
 from facial_modules_view import Viewer
@@ -56,6 +56,7 @@ from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.faces import facenet, graphdef, recover_means
 from pae_jax.faces.images import standardise_fixed
 from pae_jax.faces.losses import FeatureHead
+from pae_jax.reports import write_json
 from pae_jax.trees import merge
 
 FACE, NOT_RECORDED = facenet.TASK, ("build", "recipe", "own", "grown", "keep")

@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pae_jax.errors import CheckpointError
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file completely or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    aside.replace(path)
+from pae_jax.reports import write_json
 
 
 def read_json(path: Path) -> Any:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import lfw_data
 import numpy as np
 from facial_modules import FACE, unpruned
-from facial_modules_files import check_folder, open_phases, write_json
+from facial_modules_files import check_folder, open_phases
 from facial_modules_report import network_sizes
 from lfw_settings import PRESETS, Settings
 from tqdm import tqdm
@@ -45,7 +45,7 @@ from pae_jax.errors import PaeError
 from pae_jax.faces import facenet
 from pae_jax.faces.images import standardise_fixed
 from pae_jax.faces.verification import verify_pairs
-from pae_jax.reports import text_table
+from pae_jax.reports import text_table, write_json
 
 CHUNK = 500  # images embedded between two saves
 PUBLISHED = 0.99667  # after packing, with the authors' weights, images and retraining on VGGFace2

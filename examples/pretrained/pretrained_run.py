@@ -16,6 +16,7 @@ from pretrained_encoder import Encoder, Inputs, Task
 from pretrained_settings import Result, Settings
 
 import pae_jax as pae
+from pae_jax.reports import write_json
 
 APART = ("ncm", "probe", "bitfit", "lora-4", "lora-8", "lora-16", "shira-0.005", "shira-0.01", "full")
 TOGETHER = ("joint", "sequential")
@@ -101,10 +102,7 @@ def pack(name: str, experiment: Experiment, folder: Path) -> None:
 
 def _keep(folder: Path, way: str, result: Result) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
-    aside = folder / f"{result.task}.tmp"  # a file that is there counts as finished, so it appears whole
-    aside.write_text(text, "utf-8")
-    aside.replace(folder / f"{result.task}.json")
+    write_json(folder / f"{result.task}.json", dataclasses.asdict(result))
     print(f"{way}: {result.task} {result.accuracy:.3f}, {result.stored:,} bytes, {result.seconds:.0f} s", flush=True)
 
 
@@ -116,4 +114,4 @@ def open_folder(out: Path, experiment: Experiment) -> None:
     if record.exists() and json.loads(record.read_text("utf-8")) != mine:
         raise SystemExit(f"{out} was begun with other settings ({record}); pass another --out")
     out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
+    write_json(record, mine)

@@ -14,7 +14,7 @@ from pae_jax.checks import check_key, check_width
 from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, apply_backbone, batch_size, check_net, trial_inputs
+from pae_jax.nets import Net, apply_backbone, batch_size, check_net, features_function, trial_inputs
 from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import WidenMaps, widen_maps
 
@@ -100,7 +100,7 @@ def _check_call(state: State, width: float) -> float:
 def _analyse(net: Net, narrow: float, wide: float, overrides: Any) -> WidenMaps:
     layouts = net.layout(narrow), net.layout(wide)
     variables = [merge(layout.shared, layout.local) for layout in layouts]
-    programs = [_features_of(net, width) for width in (narrow, wide)]
+    programs = [features_function(net, width) for width in (narrow, wide)]
     maps = widen_maps(programs[0], variables[0], programs[1], variables[1], net.sample, overrides=overrides)
     if maps.is_identity:
         raise ArgumentError(
@@ -108,11 +108,6 @@ def _analyse(net: Net, narrow: float, wide: float, overrides: Any) -> WidenMaps:
             "Channel counts are often rounded down, and `build` must use its width."
         )
     return maps
-
-
-def _features_of(net: Net, width: float) -> Any:
-    program = net.program(width)
-    return lambda variables, x: program.apply(variables, x, False, None)[0]
 
 
 def _refusal(maps: WidenMaps, narrow: float, wide: float) -> NotPreservableError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -16,7 +15,7 @@ from pae_jax.core import ownership
 from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net, input_sizes
+from pae_jax.nets import Net, features_function, input_sizes
 from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import find_influence, trace
 
@@ -58,13 +57,11 @@ def _preserved(net: Net, state: State, key: jax.Array, sharing: str) -> Tree:
         )
     layout = net.layout(state.width)
     variables = merge(layout.shared, layout.local)
-    backbone = net.program(state.width)
-
-    def features(v: Tree, x: Tree) -> Tree:
-        return backbone.apply(v, x, False, None)[0]
-
-    sizes = functools.partial(input_sizes, net, functools.partial(jax.eval_shape, features, variables))
-    programs = _TRACES.get((net, state.width), lambda: [trace(features, variables, x) for x in sizes()])
+    features = features_function(net, state.width)
+    programs = _TRACES.get(
+        (net, state.width),
+        lambda: [trace(features, variables, x) for x in input_sizes(net, features, variables)],
+    )
     seen = ownership.visible(state.owner, ownership.id_array(len(state.tasks) + 1), sharing)
     nonzero = jax.tree.map(lambda w, m: whole((w != 0) & m), state.shared, seen)
     paths = {f"{PARAMS}/{path}": leaf for path, leaf in flatten(nonzero).items()}

@@ -15,7 +15,7 @@ from pae_jax.checks import check_choice, check_name, check_width
 from pae_jax.core import Growth, Picking, State, TaskState, freeze, integrity, layout_of, ownership
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.faces.placing import nest
-from pae_jax.nets import Net, heads
+from pae_jax.nets import Net, features_function, heads
 from pae_jax.trees import PARAMS, Tree, abstract, describe, flatten, merge
 from pae_jax.widening import WidenMaps, widen_maps
 
@@ -109,11 +109,8 @@ def frame(net: Net, members: Sequence[Member]) -> Frame:
 def _maps(net: Net, narrow: float, wide: float) -> WidenMaps:
     layouts = [net.layout(width) for width in (narrow, wide)]
     variables = [merge(layout.shared, layout.local) for layout in layouts]
-
-    def features(width: float) -> Any:
-        return lambda variables, x: net.program(width).apply(variables, x, False, None)[0]
-
-    maps = widen_maps(features(narrow), variables[0], features(wide), variables[1], net.sample)
+    functions = [features_function(net, width) for width in (narrow, wide)]
+    maps = widen_maps(functions[0], variables[0], functions[1], variables[1], net.sample)
     if maps.is_identity:
         raise ArgumentError(f"width {wide:g} changes no layer of {net.source} compared with {narrow:g}")
     if not maps.preserved:

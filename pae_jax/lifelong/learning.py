@@ -102,7 +102,7 @@ def _learn(
     checked: CheckedTask,
     goal: float | None,
     upcoming: int | None,
-    begun: Callable[[], None] = lambda: None,
+    begun: Callable[[], None] | None = None,
 ) -> Outcome:
     """Do the work of `learn`; `begun` is called once nothing speaks against it and its folder is open."""
     net, recipe, task = session.net, session.recipe, checked.task
@@ -113,7 +113,8 @@ def _learn(
         wanted = None if stuck else own_goal(session, state, checked, wanted)
     value = None if wanted is None else float(wanted)
     with open_learner(session, checked, state, value, upcoming, _folder(state, task), task.name) as learner:
-        begun()
+        if begun is not None:
+            begun()
         return learner.learn()
 
 
@@ -226,9 +227,7 @@ def _learn_all(
         if checked is None:
             checked = check_task(net, state, task, session.recipe, goal, upcoming, session.devices)
         folder = _folder(state, task)
-        begun = lambda: None  # noqa: E731
-        if run is not None and not number:
-            begun = functools.partial(run.record_order, given, positions)
+        begun = None if run is None or number else functools.partial(run.record_order, given, positions)
         outcome = _learn(session, state, checked, goal, upcoming, begun)
         state = outcome.state
         outcomes = [replace(one, state=state) for one in (*outcomes, outcome)]

@@ -138,6 +138,7 @@ class StageMaker:
             free=0,
             metric=self.goal.metric.name,
         )
+        diverged = lambda: replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))  # noqa: E731
         try:
             for phase, key in phases:
                 state, history = self._fit(state, phase, key, schedule, ends)
@@ -145,10 +146,10 @@ class StageMaker:
                 rows.extend(history.rows)
                 kept_row = history.rows[history.kept_epoch - 1] if history.kept_epoch else {}
                 if math.isnan(kept_row.get("val_loss", 0.0)):  # the last step has spoilt the network
-                    return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))
+                    return None, diverged()
         except DivergedError as error:
             rows.extend(error.history.rows)
-            return None, replace(record, epochs=earlier + len(rows), diverged=True, history=tuple(rows))
+            return None, diverged()
         state = release_unpicked(state, self.task.name)
         own, free = (int(n.sum()) for n in ownership.host_counts(state.owner, find(state, self.task.name).id))
         return state, replace(

@@ -4,6 +4,7 @@ from pae_jax.nets.answers import require_single_answers as require_single_answer
 from pae_jax.nets.answers import trial_inputs as trial_inputs
 from pae_jax.nets.forward import apply_backbone as apply_backbone
 from pae_jax.nets.forward import apply_task as apply_task
+from pae_jax.nets.forward import features_function as features_function
 from pae_jax.nets.forward import task_function as task_function
 from pae_jax.nets.inputs import as_inputs as as_inputs
 from pae_jax.nets.inputs import examples as examples
@@ -13,6 +14,7 @@ from pae_jax.nets.inputs import owned as owned
 from pae_jax.nets.inputs import read_inputs as read_inputs
 from pae_jax.nets.inputs import refuse_masks as refuse_masks
 from pae_jax.nets.inputs import require_range as require_range
+from pae_jax.nets.inputs import traces as traces
 from pae_jax.nets.linen import linen as linen
 from pae_jax.nets.modes import mode_arguments as mode_arguments
 from pae_jax.nets.network import Net as Net

@@ -19,10 +19,16 @@ def apply_backbone(net: Net, width: float) -> Callable[[Tree, Tree, Tree], Tree]
     """Return the compiled `(weights, local, x) -> features` of a width."""
 
     def make() -> Callable[..., Tree]:
-        backbone = net.program(width)
-        return jax.jit(lambda weights, local, x: backbone.apply(merge(weights, local), x, False, None)[0])
+        features = features_function(net, width)
+        return jax.jit(lambda weights, local, x: features(merge(weights, local), x))
 
     return _FORWARD.get(("features", net, width), make)
+
+
+def features_function(net: Net, width: float) -> Callable[[Tree, Tree], Tree]:
+    """Return `(variables, x) -> features` of a width, before compilation."""
+    backbone = net.program(width)
+    return lambda variables, x: backbone.apply(variables, x, False, None)[0]
 
 
 def apply_task(net: Net, width: float, head: Any) -> Callable[[Tree, Tree, Tree, Tree], Tree]:

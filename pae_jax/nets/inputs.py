@@ -12,7 +12,7 @@ import numpy as np
 from pae_jax.checks import check_count, is_traced
 from pae_jax.errors import ArgumentError, DataError, StructureError
 from pae_jax.nets.network import Net, batch_size
-from pae_jax.trees import Tree, describe, flatten, path_name, sketch
+from pae_jax.trees import Tree, abstract, describe, flatten, path_name, sketch
 
 
 def read_inputs(net: Net, x: Tree) -> Tree:
@@ -128,20 +128,23 @@ def _same_kind(found: Any, expected: Any) -> bool:
     )
 
 
-def input_sizes(net: Net, run: Callable[[Tree], Any], batches: Sequence[int] = ()) -> list[Tree]:
-    """Return the sample's shapes and others that the net takes, as far as a function runs on them.
+def input_sizes(
+    net: Net, function: Callable[[Tree, Tree], Any], variables: Tree, batches: Sequence[int] = ()
+) -> list[Tree]:
+    """Return the sample's shapes and others that the net takes, as far as a function traces on them.
 
     An analysis of a program that was traced at all of them sees what depends on the sizes of the inputs.
 
     Args:
       net: the network description.
-      run: function of abstract inputs; it raises for sizes that the model does not take.
+      function: pure function of `(variables, inputs)`.
+      variables: its variables, concrete or abstract.
       batches: other batch sizes; free axes are changed at the sample's, and with `batches` also at 1 and at one more.
 
     Returns:
       Trees of `ShapeDtypeStruct`; the sample's shapes come first.
     """
-    known = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), net.sample)
+    known = abstract(net.sample)
     whole = batch_size(known)
 
     def sized(rows: int, scale: Callable[[int], int]) -> Tree:
@@ -158,14 +161,14 @@ def input_sizes(net: Net, run: Callable[[Tree], Any], batches: Sequence[int] = (
         near = (lambda size: size + 1), (lambda size: max(size - 1, 1))
         wanted += [sized(whole, scale) for scale in (twice, half, *near)]
         wanted += [sized(rows, scale) for rows in (1, whole + 1) if batches for scale in (twice, half)]
-    run(known)
-    return [known, *(shapes for shapes in wanted if _runs(run, shapes))]
+    return [known, *(shapes for shapes in wanted if traces(function, variables, shapes))]
 
 
-def _runs(run: Callable[[Tree], Any], inputs: Tree) -> bool:
+def traces(function: Callable[..., Any], *operands: Any) -> bool:
+    """Return whether a function of a user's model can be traced on abstract operands of these sizes."""
     try:
-        run(inputs)
-    except Exception:  # whatever a user's model raises for a size that it does not take
+        jax.eval_shape(function, *operands)
+    except Exception:  # whatever the model raises for a size that it does not take
         return False
     return True
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pae_jax.reports.ownership_table import report as report
 from pae_jax.reports.page import text_table as text_table
+from pae_jax.reports.page import write_json as write_json
 from pae_jax.reports.page import write_page as write_page
 from pae_jax.reports.transfer_table import Transfer as Transfer
 from pae_jax.reports.transfer_table import transfer as transfer

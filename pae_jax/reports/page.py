@@ -1,4 +1,4 @@
-"""A text table, and an HTML page with a table, plots and their numbers."""
+"""A text table, an HTML page with a table, plots and their numbers, and JSON files that are never half written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pae_jax.storage import files
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,7 +62,7 @@ def write_page(
         figure.savefig(folder / f"{name}.png", dpi=110)
         heading = html.escape(heading, quote=True)
         shown.append(f'<h2>{heading}</h2>\n<img src="{name}.png" alt="{heading}">')
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    write_json(folder / "results.json", facts)
     page = folder / "index.html"
     style = "body{font-family:sans-serif;max-width:60em;margin:2em auto}img{max-width:100%}"
     page.write_text(
@@ -69,3 +71,23 @@ def write_page(
         "utf-8",
     )
     return page
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as a JSON file that has all its bytes or stays what it was.
+
+    Args:
+      path: the file; replaced if it exists. Its folder exists.
+      value: what `json.dumps` takes.
+
+    Raises:
+      CheckpointError: it cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp()) / "results.json"
+      >>> write_json(file, {"accuracy": 0.9})
+      >>> json.loads(file.read_text())
+      {'accuracy': 0.9}
+    """
+    files.write_bytes(Path(path), (json.dumps(value, indent=1) + "\n").encode())

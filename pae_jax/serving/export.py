@@ -19,7 +19,7 @@ import numpy as np
 from pae_jax.checks import check_choice, check_count
 from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
-from pae_jax.nets import Net, task_function
+from pae_jax.nets import Net, task_function, traces
 from pae_jax.serving.all_tasks import at_widths
 from pae_jax.trees import Tree, flatten
 
@@ -214,21 +214,13 @@ def _exported(
     assert cause is not None
     text = (str(cause).splitlines() or [type(cause).__name__])[0]
     hint = "Give the one batch size it runs with: batch_size=." if size is None else ""
-    if net.free_axes and _traces(function, *known, _inputs(dataclasses.replace(net, free_axes={}), size, False)):
+    if net.free_axes and traces(function, *known, _inputs(dataclasses.replace(net, free_axes={}), size, False)):
         axes = ", ".join(f"{path} {axes}".strip() for path, axes in net.free_axes.items())
         hint = (
             f"It does not trace with open sizes of the free axes, {axes}: export it with a net made without free_axes, "
             "with a sample of the one size it runs with."
         )
     raise StructureError(net.source, "", text, "a model that jax.export can trace", hint) from cause
-
-
-def _traces(function: Callable[..., Tree], *operands: Any) -> bool:
-    try:
-        jax.eval_shape(function, *operands)
-    except Exception:  # whatever a user's model raises for a size that is a symbol
-        return False
-    return True
 
 
 def _as_unknown(tree: Tree, x: Tree) -> Tree:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,17 @@ from pae_jax.core import (
     verify,
 )
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, Program, Rngs, apply_task, batch_size, check_net, input_sizes, trial_inputs
+from pae_jax.nets import (
+    Net,
+    Program,
+    Rngs,
+    apply_task,
+    batch_size,
+    check_net,
+    features_function,
+    input_sizes,
+    trial_inputs,
+)
 from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import Cuts, find_cuts
 
@@ -128,12 +137,8 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     verify(state)
     state = placement.automatic(state)
     entry = find(state, task)
-    program, variables = net.program(entry.width), merge(ownership.task_weights(state, entry), entry.local)
-
-    def features(variables: Tree, x: Tree) -> Tree:
-        return program.apply(variables, x, False, None)[0]
-
-    sizes = input_sizes(net, functools.partial(jax.eval_shape, features, variables), batches=(1, 2, 3))
+    features, variables = features_function(net, entry.width), merge(ownership.task_weights(state, entry), entry.local)
+    sizes = input_sizes(net, features, variables, batches=(1, 2, 3))
     cuts = find_cuts(features, variables, sizes, _rows_in_use(entry))
     head = _cut_head(entry, cuts)
     small = _net(net, state, task, cuts, head)

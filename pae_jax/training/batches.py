@@ -144,12 +144,9 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
             # A source may write its next batch into the same arrays.
             yield owned(_checked(form, batch, f"batch {number} of epoch {index}"))
         if empty:
-            again = (
-                "; an iterator can be read only once: pass a factory `epoch -> iterator`"
-                if index or key is None
-                else ""
-            )
-            raise DataError(f"data gave no batch in epoch {index}{again}")
+            read_before = index or key is None
+            hint = "; an iterator can be read only once: pass a factory `epoch -> iterator`" if read_before else ""
+            raise DataError(f"data gave no batch in epoch {index}{hint}")
 
     return Feed(epoch, _length(data))
 
@@ -165,6 +162,11 @@ def _length(data: Any) -> int | None:
     if count == sys.maxsize:
         raise DataError("data repeats for ever, so no epoch would end; pass it without repeat()")
     return count
+
+
+def kinds_of(batch: Batch) -> list[Any]:
+    """Return what of a batch decides whether loss and metrics fit it: shapes but for the batch axis, and dtypes."""
+    return [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch)]
 
 
 def pad(batch: Batch, size: int) -> tuple[Tree, Tree, np.ndarray]:

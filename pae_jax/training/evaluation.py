@@ -9,7 +9,7 @@ import jax
 
 from pae_jax.core import State, TaskState, find, integrity, ownership
 from pae_jax.nets import Net, apply_backbone, apply_task, as_inputs, check_net, examples, in_pieces
-from pae_jax.training.batches import Feed, Form, feed, form, pad
+from pae_jax.training.batches import Feed, Form, feed, form, kinds_of, pad
 from pae_jax.training.losses import Loss, LossPer, Objective, Values, objective
 from pae_jax.training.steps import eval_step
 from pae_jax.trees import Tree, abstract, merge
@@ -101,7 +101,7 @@ class Evaluation:
 
     def _prepare(self, batch: Any) -> Any:
         """Return the compiled step; check loss and metrics on the first batch, and on later ones of other shapes."""
-        kinds = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch)]
+        kinds = kinds_of(batch)
         if kinds in self._known:
             return self._step
         self._known.append(kinds)

@@ -16,7 +16,7 @@ from pae_jax.errors import ArgumentError, DivergedError, TrainingInterrupted
 from pae_jax.nets import as_inputs
 from pae_jax.progress import progress_bar
 from pae_jax.training import gated, steps
-from pae_jax.training.batches import Feed, Form
+from pae_jax.training.batches import Feed, Form, kinds_of
 from pae_jax.training.choice import Best, Progress
 from pae_jax.training.evaluation import Evaluation
 from pae_jax.training.losses import Objective
@@ -240,10 +240,9 @@ class _Loop:
 
     def _compiled(self, x: Tree, y: Tree) -> steps.Step:
         """Return the train step; check loss and metrics on the first batch, and on later ones of other shapes."""
-        batch = abstract((x, y))
-        kinds = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch)]
+        kinds = kinds_of((x, y))
         if kinds not in self.known:
-            of, ts = self.of, self.carry.ts
+            of, ts, batch = self.of, self.carry.ts, abstract((x, y))
             self.known.append(kinds)
             seen = batch if of.form.augment is None else jax.eval_shape(of.form.augment, jax.random.key(0), *batch)
             seen = of.form.output(seen[0], train=True), seen[1]

@@ -62,14 +62,15 @@ def find_known(body: Body, inputs: Sequence[Any], varying: Varying) -> dict[Any,
     for var, value in (*zip(body.constvars, body.consts, strict=True), *zip(body.invars, inputs, strict=True)):
         if value is not None and not _opaque(var) and not is_traced(value) and var not in varying.constants:
             found[var] = _common(_whole(np.asarray(value)), varying.axes.get(var, ()))
+
+    def value(equation: Equation, place: int) -> Known | None:
+        var = equation.invars[place]
+        if literal(var) is None:
+            return found.get(var)
+        return None if (equation, place) in varying.constants else _whole(constant(var))
+
     for equation in body.equations:
-
-        def value(place: int, var: Any, equation: Equation = equation) -> Known | None:
-            if literal(var) is None:
-                return found.get(var)
-            return None if (equation, place) in varying.constants else _whole(constant(var))
-
-        values = [value(place, var) for place, var in enumerate(equation.invars)]
+        values = [value(equation, place) for place in range(len(equation.invars))]
         sized = any(var in varying.axes for var in equation.invars if literal(var) is None)
         result = _result(equation, values, fold=not sized)
         if result is not None and not _opaque(equation.outvars[0]):

@@ -57,8 +57,8 @@ def varying(body: Body, others: Sequence[Body]) -> Varying:
         if not all(_equal(value, other) for other in same)
     }
     for equation, *same in zip(body.equations, *(other.equations for other in others), strict=True):
-        mine = _windows(equation)
-        for axis in (i for i in mine if any(_windows(other)[i] != mine[i] for other in same)):
+        mine, theirs = _windows(equation), [_windows(other) for other in same]
+        for axis in (i for i in mine if any(other[i] != mine[i] for other in theirs)):
             for var in (*equation.invars, *equation.outvars):
                 if axis < len(var.aval.shape):
                     axes.setdefault(var, set()).add(axis)
