@@ -36,6 +36,8 @@ TESTS = {
     "pae_jax/core/pruning.py": "tests/core/test_pruning.py tests/core/test_laws.py",
     "pae_jax/core/selection.py": "tests/core/test_selection.py tests/core/test_pruning.py",
     "pae_jax/core/flax.py": "tests/core/test_flax.py",
+    "pae_jax/core/gating.py": "tests/core/test_flax.py",
+    "pae_jax/core/committing.py": "tests/core/test_flax.py",
     "pae_jax/core/integrity.py": "tests/core/test_integrity.py tests/core/test_laws.py",
     "pae_jax/core/packing.py": " ".join(
         f"tests/core/test_{name}.py" for name in ("packing", "claiming", "starting_weights", "drop", "laws")

@@ -1,10 +1,10 @@
 """The core: weight ownership, and the pure functions from state to state that change it."""
 
+from pae_jax.core.committing import commit as commit
 from pae_jax.core.expansion import expand as expand
 from pae_jax.core.flax import as_flax as as_flax
-from pae_jax.core.flax import commit as commit
-from pae_jax.core.flax import gate as gate
 from pae_jax.core.flax import task_variables as task_variables
+from pae_jax.core.gating import gate as gate
 from pae_jax.core.integrity import check as check
 from pae_jax.core.integrity import verify as verify
 from pae_jax.core.ownership import free_fraction as free_fraction

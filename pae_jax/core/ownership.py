@@ -222,6 +222,14 @@ def hidden(state: State, entry: TaskState) -> Masks | None:
     return jax.tree.map(lambda o, s: (o == task_id) & (s == 0), state.owner, picked)
 
 
+def shown(state: State, entry: TaskState) -> Tree:
+    """Return the owners, with 0 where a task owns a weight that it does not pick."""
+    unpicked = hidden(state, entry)
+    if unpicked is None:
+        return state.owner
+    return jax.tree.map(lambda o, h: jnp.where(h, jnp.zeros((), o.dtype), o), state.owner, unpicked)
+
+
 def trainable(state: State, task: str) -> Masks:
     """Return which shared weights training this task may change.
 

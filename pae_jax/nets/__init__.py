@@ -16,7 +16,7 @@ from pae_jax.nets.inputs import refuse_masks as refuse_masks
 from pae_jax.nets.inputs import require_range as require_range
 from pae_jax.nets.inputs import traces as traces
 from pae_jax.nets.linen import linen as linen
-from pae_jax.nets.modes import mode_arguments as mode_arguments
+from pae_jax.nets.modes import called as called
 from pae_jax.nets.network import Net as Net
 from pae_jax.nets.network import Program as Program
 from pae_jax.nets.network import Rngs as Rngs

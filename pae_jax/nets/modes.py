@@ -32,6 +32,14 @@ def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str,
     return tuple(after), named
 
 
+def called(module: Any, call: Callable[[Any, Any, bool], Any] | None, x: Any, train: bool) -> Any:
+    """Call a module in a mode, by `call(module, x, train)` if that is given."""
+    if call is not None:
+        return call(module, x, train)
+    after, named = mode_arguments(module, train)
+    return module(x, *after, **named)
+
+
 def bound(call: Callable[[], Any], axes: list[str]) -> Any:
     """Call a module; mapped axes that it uses by name, as in `BatchNorm(axis_name=)`, are bound to size 1.
 

@@ -14,7 +14,7 @@ from flax import traverse_util
 from pae_jax.checks import is_traced
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import network
-from pae_jax.nets.modes import bound, mode_arguments
+from pae_jax.nets.modes import bound, called
 from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
 from pae_jax.trees import PARAMS, Tree
 
@@ -54,11 +54,7 @@ def program(make: Callable[[jax.Array], fnnx.Module], call: Callable[[Any, Tree,
         def run() -> tuple[Tree, dict[str, Tree]]:
             module = merged(graph, flat, variables, jax.random.key(0) if key is None else key)
             module.train() if train else module.eval()
-            if call is not None:
-                out = call(module, x, train)
-            else:
-                after, named = mode_arguments(module, train)
-                out = module(x, *after, **named)
+            out = called(module, call, x, train)
             updates = variables_of(module) if train else {}
             return out, {name: tree for name, tree in updates.items() if name != PARAMS}
 

@@ -13,7 +13,7 @@ import optax
 from flax import traverse_util
 
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
-from pae_jax.core import Of, Picking, Scope, State, find_trainable, flax, integrity, ownership, pruning
+from pae_jax.core import Of, Picking, Scope, State, committing, find_trainable, integrity, ownership, pruning
 from pae_jax.errors import ArgumentError, ForgettingError
 from pae_jax.nets import Net, Rngs
 from pae_jax.training import gated
@@ -226,7 +226,7 @@ class TrainState:
         require_match(f"owners in the train state of task {task!r}", self.owner, state.owner, hint)
         owner = self.owner
         if not is_traced((owner, state.owner)):
-            owner = jax.tree.map(flax.beside, owner, state.owner)
+            owner = jax.tree.map(committing.beside, owner, state.owner)
             for path, count in flatten(strayed(owner, state.owner, ownership.id_array(entry.id))).items():
                 if int(count):
                     raise ForgettingError(
@@ -234,7 +234,7 @@ class TrainState:
                         "Prune by TrainState.prune."
                     )
         backbone, head, pick = arrays.raw_variables(self)
-        return flax.accept(net, state, task, backbone, head, owner=owner, pick=pick)
+        return committing.accept(net, state, task, backbone, head, owner=owner, pick=pick)
 
     def __repr__(self) -> str:
         weights = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
