@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -80,6 +82,16 @@ class StructureError(PaeError, ValueError):
 
 class DataError(PaeError, ValueError):
     """Data that cannot be read, or examples or labels that training and evaluation cannot use."""
+
+
+@contextlib.contextmanager
+def found_at(place: str) -> Iterator[None]:
+    """Say in errors of data and structure where the data belongs."""
+    try:
+        yield
+    except (DataError, StructureError) as error:
+        error.args = (f"{place}: {error}", *error.args[1:])
+        raise
 
 
 class DivergedError(PaeError, ArithmeticError):

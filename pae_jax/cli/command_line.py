@@ -47,15 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         found, words = options.run(options)
-        print(json.dumps(found, indent=1, default=_plain) if options.json else words)
-        sys.stdout.flush()
+        _print(json.dumps(found, indent=1, default=_plain) if options.json else words, sys.stdout)
         return 0 if found.get("holds", True) else 1
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (PaeError, OSError, MemoryError) as error:
-        print(f"pae_jax: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        _print(f"pae_jax: {' '.join(str(error).split()) or type(error).__name__}", sys.stderr)
         return 2
+
+
+def _print(text: str, stream: Any) -> None:
+    """Print a text; characters that the stream cannot show are escaped."""
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

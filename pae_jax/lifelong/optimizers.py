@@ -43,7 +43,7 @@ def at_phase_rate(optimizer: Optimizer) -> Optimizer:
 
 def _check_decay(weight_decay: float, decayed: tuple[str, ...]) -> None:
     check_number("weight_decay", weight_decay, 0.0)
-    if isinstance(decayed, str) or not {*decayed} <= {"shared", "head", "pick"}:
+    if not isinstance(decayed, (tuple, list)) or not {*decayed} <= {"shared", "head", "pick"}:
         raise ArgumentError(f"decayed must hold some of 'shared', 'head' and 'pick', found {decayed!r}")
 
 

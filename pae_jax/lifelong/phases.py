@@ -48,6 +48,11 @@ class Rate:
     def __post_init__(self) -> None:
         check_number("initial rate", self.initial, 0.0)
         check_number("warmup", self.warmup, 0.0)
+        pairs = isinstance(self.drops, (tuple, list)) and all(
+            isinstance(drop, (tuple, list)) and len(drop) == 2 for drop in self.drops
+        )
+        if not pairs:
+            raise ArgumentError(f"drops must be pairs (epoch, factor), such as ((50, 0.1),), found {self.drops!r}")
         for epoch, factor in self.drops:
             check_number("epoch of a drop", epoch, 0.0)
             check_number("factor of a drop", factor, 0.0)
@@ -106,8 +111,17 @@ class Phase:
             if name == "rate" or rate is not None:
                 check_kind(name, rate, Rate, "a Rate, such as Rate(0.01)")
         for name, optimizer in (("optimizer", self.optimizer), ("pick_optimizer", self.pick_optimizer)):
-            if not hasattr(optimizer, "transformation"):
+            if isinstance(optimizer, type) or not hasattr(optimizer, "transformation"):
                 raise ArgumentError(f"{name} must be an Optimizer, such as Sgd() or Adam(), found {optimizer!r}")
+            own = getattr(optimizer, "learning_rate", None)
+            if own not in (None, 1.0):
+                raise ArgumentError(
+                    f"{name} has learning_rate={own!r}, by which the rate of the phase would be multiplied: leave it "
+                    "out, and set Phase(rate=)"
+                )
+        if self.plateau is not None:
+            check_kind("plateau", self.plateau, Plateau, "a Plateau, such as Plateau(patience=5)")
+        check_kind("parts", self.parts, (tuple, list), "a tuple of some of 'shared', 'local' and 'head'")
         for part in self.parts:
             check_choice("parts", part, WEIGHTS)
         if not self.parts and self.pick_rate is None:

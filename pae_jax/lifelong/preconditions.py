@@ -98,6 +98,7 @@ def check_task(
     floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
+    checked.check_objective(state.width, recipe.batch_size)
     if (
         "nearest" in (recipe.picks_from, recipe.local_init)
         and checked.train.arrays is not None
@@ -145,6 +146,11 @@ def check_stream(
     devices: Devices | None,
 ) -> dict[str, CheckedTask]:
     """Check a stream before any of it is learned; return the checked tasks, as far as all tasks are there already."""
+    if len(state.tasks) + len(tasks) > MAX_TASKS:
+        raise CapacityError(
+            f"a network holds at most {MAX_TASKS} tasks; it has {len(state.tasks)} and {len(tasks)} are to come: use a "
+            "second one"
+        )
     if not isinstance(tasks, (list, tuple)):
         return {}  # tasks are created one after the other
     known = [task.name for task in tasks]
@@ -159,7 +165,7 @@ def check_stream(
     for name in goals or {}:
         if name not in known:
             raise ArgumentError(f"goals has {name!r}, which is no task; tasks: {', '.join(known)}")
-    checked = {}
+    checked: dict[str, CheckedTask] = {}
     for number, task in enumerate(tasks):
         check_place(net, state, task)
         later = recipe if number else recipe_for(state, recipe)

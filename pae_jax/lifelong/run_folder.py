@@ -48,7 +48,7 @@ class Run:
 
     Args:
       path: the folder, on this machine; made if need be. `~` is the home folder.
-      keep: "frozen" removes the other stages of a task once it is frozen, "all" keeps them.
+      keep: "frozen" removes the other stages of a task when it is frozen, "all" keeps them.
       wait: seconds to wait for another job that uses the same files; then a `CheckpointError` names that job.
       background: train on while the last stage is written, as by `save(wait=False)`; one stage at a time, which costs
         the bytes of the network in host memory. `learn` returns or raises once all are written, and stages and table

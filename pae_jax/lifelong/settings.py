@@ -128,11 +128,12 @@ def _network(state: State) -> int:
 def checksums(data: Any) -> Any:
     """Return `{path: dtype, shape and CRC-32}` of trees of arrays, one text for a list of batches, None for others."""
     if isinstance(data, list):
-        whole = zlib.crc32(json.dumps([checksums(batch) for batch in data]).encode())
+        batches = [checksums(tuple(batch) if isinstance(batch, list) else batch) for batch in data]
+        whole = zlib.crc32(json.dumps(batches).encode())
         return f"{len(data)} batches {whole:08x}"
     if not isinstance(data, (tuple, Mapping)):
         return None
-    arrays = jax.tree.map(_host, _as_dicts(data), is_leaf=lambda part: isinstance(part, list))
+    arrays = jax.tree.map(_host, _as_dicts(data), is_leaf=_makes_array)
     return {name: f"{describe(leaf)} {_crc(leaf):08x}" for name, leaf in flatten(arrays).items()}
 
 
@@ -143,14 +144,25 @@ def _as_dicts(data: Any) -> Any:
     return tuple(map(_as_dicts, data)) if type(data) is tuple else data
 
 
+def _makes_array(part: Any) -> bool:
+    """Return whether this is a list of numbers or texts; a list of arrays of other shapes is a tree."""
+    if not isinstance(part, list):
+        return False
+    try:
+        np.asarray(part)
+    except ValueError:
+        return False
+    return True
+
+
 def _host(part: Any) -> Any:
     return part if spread_arrays.is_spread(part) else np.asarray(part)
 
 
 def _crc(leaf: Any) -> int:
     """Return the CRC-32 of an array; of one that is spread over devices, a block of rows at a time is on the host."""
-    if leaf.dtype == object:
-        return zlib.crc32(leaf.tobytes())
+    if leaf.dtype.hasobject:  # its bytes are addresses
+        return zlib.crc32(repr(leaf.tolist()).encode(errors="surrogatepass"))
     crc = 0
     for (piece,) in spread_arrays.pieces(leaf):
         crc = zlib.crc32(np.ascontiguousarray(piece).view(np.uint8).data, crc)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_choice, check_kind, check_name
+from pae_jax.checks import check_choice, check_flag, check_kind, check_name, takes
 from pae_jax.core import State, find
-from pae_jax.errors import ArgumentError, kind_of
+from pae_jax.errors import ArgumentError, found_at, kind_of
 from pae_jax.nets import Net, examples
 from pae_jax.training import (
     EVAL_BATCH,
     Augment,
+    Batch,
+    Evaluation,
     Feed,
     Form,
     Loss,
@@ -27,9 +30,11 @@ from pae_jax.training import (
     evaluate_state,
     feed,
     form,
+    in_training,
     objective,
     predict,
 )
+from pae_jax.trees import abstract
 
 Measure = Callable[[Net, State, str, Any], float]
 _WHOLE = 2**31 - 1
@@ -46,7 +51,7 @@ class Metric:
       higher_is_better: False for errors such as a mean absolute error.
 
     Raises:
-      ArgumentError: an accuracy with `higher_is_better=False`.
+      ArgumentError: an accuracy with `higher_is_better=False`, or a measure that is no function of four values.
 
     Example:
       >>> import pae_jax as pae
@@ -59,6 +64,14 @@ class Metric:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ArgumentError(f"name of a metric must be a non-empty string, found {self.name!r}")
+        check_flag("higher_is_better", self.higher_is_better)
+        if self.measure is not None and not (callable(self.measure) and takes(self.measure, 4)):
+            raise ArgumentError(
+                f"measure of metric {self.name!r} must be a function (net, state, task, data) -> float, found "
+                f"{kind_of(self.measure)}; a function (outputs, y) -> values goes into pae.MeanOf"
+            )
         if self.measure is None and not self.higher_is_better:
             raise ArgumentError("without `measure` the metric is the accuracy, of which more is better")
 
@@ -81,6 +94,9 @@ class MeanOf:
     Attributes:
       values: `(outputs, y) -> array (batch,)`.
 
+    Raises:
+      ArgumentError: `values` is no function of two values.
+
     Example:
       >>> import jax.numpy as jnp, pae_jax as pae
       >>> error = lambda logits, y: jnp.abs(logits[:, 0] - y)
@@ -90,6 +106,12 @@ class MeanOf:
 
     values: Callable[[Any, Any], jax.Array]
 
+    def __post_init__(self) -> None:
+        if not (callable(self.values) and takes(self.values, 2)):
+            raise ArgumentError(
+                f"values of MeanOf must be a function (outputs, y) -> array (batch,), found {kind_of(self.values)}"
+            )
+
     def __call__(self, net: Net, state: State, task: str, data: Any) -> float:
         """Return the mean over data as for `pae.evaluate`."""
         entry = find(state, task)
@@ -98,12 +120,16 @@ class MeanOf:
         for x, y in feed(data, form(net, entry.width, entry.head_spec, False), _WHOLE).epoch(0, None):
             found = np.asarray(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y))
             size = examples(x)
-            if found.shape != (size,):
-                raise ArgumentError(
-                    f"MeanOf(values) must return one number per example, shape ({size},); found shape {found.shape}"
-                )
+            self.check(found.shape, size)
             total, count = total + float(found.astype(np.float64).sum()), count + size
         return total / count
+
+    def check(self, shape: tuple[int, ...], count: int) -> None:
+        """Raise `ArgumentError` unless this is the shape of one number for each of so many examples."""
+        if shape != (count,):
+            raise ArgumentError(
+                f"MeanOf(values) must return one number per example, shape ({count},); found shape {shape}"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,6 +195,21 @@ def _one_number(task: Task, value: Any) -> float:
     )
 
 
+def _fed(task: Task, part: str, form: Form, batch_size: int) -> Feed | None:
+    """Return a part of a task's data in batches, whose errors name task and part."""
+    data, place = getattr(task, part), f"task {task.name!r}, {part}"
+    if data is None:
+        return None
+    with found_at(place):
+        batches = feed(data, form, batch_size)
+
+    def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
+        with found_at(place):
+            yield from batches.epoch(index, key)
+
+    return batches._replace(epoch=epoch)
+
+
 def require_task(task: Any, name: str = "task") -> None:
     """Raise unless this is a `Task`."""
     check_kind(name, task, Task, "of type Task: pae.Task(name, head, train, val, test)")
@@ -202,8 +243,8 @@ class CheckedTask:
             wanted = replace(wanted, metrics=(("accuracy", _accuracy_of_classes),))
         shape = form(net, width, task.head, task.loss is None, task.augment)
         plain = form(net, width, task.head, task.loss is None)
-        val, test = (None if data is None else feed(data, plain, EVAL_BATCH) for data in (task.val, task.test))
-        train = None if task.train is None else feed(task.train, shape, batch_size)
+        train = _fed(task, "train", shape, batch_size)
+        val, test = (_fed(task, part, plain, EVAL_BATCH) for part in ("val", "test"))
         return cls(net, task, wanted, train, val, test)
 
     @property
@@ -217,6 +258,33 @@ class CheckedTask:
         """Return the form of training batches at a width."""
         return form(self.net, width, self.task.head, self.task.loss is None, self.task.augment)
 
+    def check_objective(self, width: float, batch_size: int) -> None:
+        """Raise `DataError` if the loss or the metric does not fit the data in arrays."""
+        shape = self.form(width)
+        plain = shape._replace(augment=None)
+        for part, data in (("val", self.val), ("test", self.test)):
+            if data is not None and data.arrays is not None:
+                with found_at(f"task {self.task.name!r}, {part}"):
+                    Evaluation(plain, self.objective).check(data)
+                    self._check_measure(plain, data.arrays)
+        if self.train is not None and self.train.arrays is not None:
+            rows = slice(self.train.size(batch_size))
+            batch = abstract(jax.tree.map(lambda leaf: leaf[rows], self.train.arrays))
+            with found_at(f"task {self.task.name!r}, train"):
+                in_training(shape, self.objective).check(*shape.trained(batch), train=True)
+
+    def _check_measure(self, plain: Form, arrays: Batch) -> None:
+        """Raise `ArgumentError` if a `MeanOf` can be traced, and does not return one number per example."""
+        measure = self.task.metric.measure
+        if not isinstance(measure, MeanOf):
+            return
+        x, y = abstract(arrays)
+        try:
+            found = jax.eval_shape(measure.values, plain.output(x), y)
+        except Exception:  # a function of NumPy arrays
+            return
+        measure.check(jnp.shape(found), examples(x))
+
     def check_accuracy(self, part: Feed | None, width: float) -> None:
         """Raise `ArgumentError` if the metric is the accuracy but the data in arrays has none."""
         if self.task.metric.measure is not None or part is None or part.arrays is None:
@@ -228,6 +296,11 @@ class CheckedTask:
             raise ArgumentError(
                 f"task {self.task.name!r} has labels without an accuracy; give it a Metric with `measure`, such as "
                 "MeanOf"
+            )
+        if self.task.loss is not None and y.size and int(y.min()) < 0:
+            raise ArgumentError(
+                f"task {self.task.name!r} has labels down to {int(y.min())}, which the accuracy counts as wrong; give "
+                "it a Metric with `measure`, such as a MeanOf that leaves them out"
             )
 
     def measured(self, state: State, part: str) -> float:

@@ -75,15 +75,22 @@ class TaskFolder:
             return self._facts(labels[0])["begun"] if labels else None
 
     def resume(self) -> bool:
-        """Make sure that the settings are those of an earlier process; say whether there was one."""
+        """Make sure that the settings are those of an earlier process; say whether there was one.
+
+        Of one that has made no stage, the settings do not count.
+        """
         files.remove_leftovers(self.path)
         begun = self._begun
         if begun is None:
             return False
-        _require_same(begun["settings"], self._settings, self.path)
+        if self._stages() or self._failures():
+            self._require_same(begun["settings"], self.path)
+        self._begun = begun = {**begun, "settings": self._settings}
         try:
-            files.read_sealed(self.path / "settings.json", *_BEGUN)
+            known = files.read_sealed(self.path / "settings.json", *_BEGUN) == begun
         except CheckpointError:
+            known = False
+        if not known:
             files.write_sealed(self.path / "settings.json", begun)
         return True
 
@@ -163,7 +170,7 @@ class TaskFolder:
     def _metadata(self, label: str) -> dict[str, Any]:
         facts = self._facts(label)
         if self._settings is not None:
-            _require_same(facts["begun"]["settings"], self._settings, self.path / label)
+            self._require_same(facts["begun"]["settings"], self.path / label)
         return facts
 
     def records(self) -> list[StageRecord]:
@@ -189,21 +196,19 @@ class TaskFolder:
         self.settle()
 
     def tidy(self, keep: str) -> None:
-        """Write `records.json` for readers, and remove the stages that led to the frozen one unless all are kept."""
+        """Once after freezing, remove the stages that led there unless all are kept; then write `records.json`."""
         if not self._processes.first:
             return
         path, facts = self.path / "records.json", {"records": self._metadata(FROZEN)["records"]}
-        try:
-            known = files.read_sealed(path) == facts
-        except CheckpointError:
-            known = False
-        if not known:
-            files.write_sealed(path, facts)
+        with contextlib.suppress(CheckpointError):
+            if files.read_sealed(path) == facts:
+                return
         if keep == "frozen":
             for label in self._stages():
                 if label != FROZEN:
                     with files.disk_errors(f"cannot remove {self.path / label}"):
                         shutil.rmtree(self.path / label, ignore_errors=True)
+        files.write_sealed(path, facts)
 
     def _facts(self, label: str) -> dict[str, Any]:
         """Return what was stored beside a stage, which must say that it is this one."""
@@ -223,6 +228,19 @@ class TaskFolder:
             raise CheckpointError(f"{path} is the stage {said[0]} of {said[1]}. Remove it; it is made again.")
         return facts
 
+    def _require_same(self, found: Any, place: Path) -> None:
+        """Raise `CheckpointError` naming the first leaf in which settings differ from those of this call."""
+        other = difference(found, self._settings)
+        if other is None:
+            return
+        name, was, now = other
+        hint = "Use the same, or another run folder."
+        if name == "upcoming":
+            hint = f"{hint} To learn more tasks, start from the last network: learn_all(net, stream.state, more, ...)."
+        elif not self.is_finished():
+            hint = f"{hint[:-1]}, or remove {self.path} to learn this task anew."
+        raise CheckpointError(f"{place} was begun with other settings: '{name}' was {was!r} and is now {now!r}. {hint}")
+
     def _stages(self) -> list[str]:
         with files.disk_errors(f"cannot read {self.path}"):
             entries = sorted(self.path.iterdir()) if self.path.exists() else []
@@ -232,14 +250,3 @@ class TaskFolder:
         with files.disk_errors(f"cannot read {self.path}"):
             found = sorted(self.path.glob("*.json")) if self.path.exists() else []
         return [path.stem for path in found if _LABEL.fullmatch(path.stem)]
-
-
-def _require_same(found: Any, mine: Any, folder: Path) -> None:
-    """Raise `CheckpointError` naming the first leaf in which two settings differ."""
-    other = difference(found, mine)
-    if other is not None:
-        name, was, now = other
-        raise CheckpointError(
-            f"{folder} was begun with other settings: '{name}' was {was!r} and is now {now!r}. Use the same, or "
-            "another run folder."
-        )

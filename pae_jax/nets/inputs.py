@@ -55,11 +55,17 @@ def owned(tree: Tree) -> Tree:
 
 
 def require_range(leaf: Any, dtype: Any, name: str) -> None:
-    """Raise `DataError` if an integer array holds a value that a dtype does not have."""
-    integers = all(jnp.issubdtype(kind, jnp.integer) for kind in (leaf.dtype, dtype))
-    if not integers or np.can_cast(leaf.dtype, dtype) or is_traced(leaf) or not leaf.size:
+    """Raise `DataError` if an array of numbers holds a value that is out of the range of a dtype."""
+    if np.can_cast(leaf.dtype, dtype) or is_traced(leaf) or not leaf.size:
         return
-    limits, low, high = jnp.iinfo(dtype), int(leaf.min()), int(leaf.max())
+    if all(jnp.issubdtype(kind, jnp.integer) for kind in (leaf.dtype, dtype)):
+        limits, low, high = jnp.iinfo(dtype), int(leaf.min()), int(leaf.max())
+    elif all(jnp.issubdtype(kind, jnp.floating) for kind in (leaf.dtype, dtype)):
+        module = jnp if isinstance(leaf, jax.Array) else np
+        finite = {"where": module.isfinite(leaf), "initial": 0.0}
+        limits, low, high = jnp.finfo(dtype), float(module.min(leaf, **finite)), float(module.max(leaf, **finite))
+    else:
+        return
     if low < limits.min or high > limits.max:
         raise DataError(
             f"{name} has values in {low}..{high}, but {np.dtype(dtype)} holds {limits.min}..{limits.max}. Scale the "

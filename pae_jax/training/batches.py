@@ -21,6 +21,7 @@ Batch = tuple[Tree, Tree]
 Augment = Callable[..., Any]
 """`(key, x) -> x` or `(key, x, y) -> (x, y)`, compiled into the step."""
 _LABELS = ("label", "labels")
+_WEIGHTS = {"weight", "weights", "sample_weight", "sample_weights", "mask"}
 _OUTPUTS = Cache(64)
 
 
@@ -75,6 +76,11 @@ class Form(NamedTuple):
         train = train and not isinstance(self.head, int)
         sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
         return _OUTPUTS.get((self.net, self.width, heads.key_of(self.head), sizes, train), make)
+
+    def trained(self, batch: Batch) -> Batch:
+        """Return what the loss gets of an abstract batch in training: outputs, and labels after the augmentation."""
+        x, y = batch if self.augment is None else jax.eval_shape(self.augment, jax.random.key(0), *batch)
+        return self.output(x, train=True), y
 
 
 def form(net: Net, width: float, head: Any, classes: bool, augment: Augment | None = None) -> Form:
@@ -138,8 +144,10 @@ def feed(data: Any, form: Form, batch_size: int) -> Feed:
     def epoch(index: int, key: jax.Array | None) -> Iterator[Batch]:
         # The data has its own order; for evaluation, a stream of ours that drops a remainder yields all examples.
         complete = getattr(data, "complete", None) if key is None else None
-        empty = True
-        for number, batch in enumerate(make(index) if complete is None else complete()(index)):
+        empty, batches = True, make(index) if complete is None else complete()(index)
+        if not isinstance(batches, Iterable):
+            raise DataError(f"data gave {kind_of(batches)} in epoch {index}, expected an iterable of batches")
+        for number, batch in enumerate(batches):
             empty = False
             # A source may write its next batch into the same arrays.
             yield owned(_checked(form, batch, f"batch {number} of epoch {index}"))
@@ -157,8 +165,10 @@ def _length(data: Any) -> int | None:
         return None
     try:
         count = len(data)
-    except TypeError:
-        return None
+    except TypeError as error:
+        if "infinite" not in str(error):  # as tf.data says it
+            return None
+        count = sys.maxsize
     if count == sys.maxsize:
         raise DataError("data repeats for ever, so no epoch would end; pass it without repeat()")
     return count
@@ -216,7 +226,10 @@ def _checked(form: Form, batch: Any, where: str) -> Batch:
         seen = x = jax.tree.map(_native, read_inputs(form.net, x))
     else:
         x = jax.tree.map(lambda leaf: _numbers(leaf, f"{where}: x"), x)
-        seen, _ = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
+        made = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
+        if not isinstance(made, (tuple, list)) or len(made) != 2:
+            raise ArgumentError(f"augment (key, x, y) must return (x, y), found {sketch(made)}")
+        seen = made[0]
         read_inputs(form.net, seen)
     for path, leaf in flatten(y).items():
         if np.ndim(leaf) < 1:
@@ -246,6 +259,12 @@ def _pair(net: Net, batch: Any, where: str) -> Batch:
         if len(labels) != 1:
             raise DataError(f"{where}: a dict needs 'image' and 'label', {found}")
         rest = {name: leaf for name, leaf in batch.items() if name not in labels}
+        inputs = net.sample if isinstance(net.sample, dict) else {}
+        for name in _WEIGHTS & rest.keys() - inputs.keys():
+            raise DataError(
+                f"{where}: {name!r} would not be used. Pass weights and masks with the labels, 'label': (y, {name}), "
+                f"and a loss (outputs, y, {name}) -> losses"
+            )
         if isinstance(net.sample, dict) and net.sample.keys() <= rest.keys():
             return {name: rest[name] for name in net.sample}, batch[labels[0]]
         if "image" not in rest and len(rest) != 1:

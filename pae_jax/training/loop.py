@@ -129,6 +129,12 @@ class Training:
             )
 
 
+def in_training(form: Form, objective: Objective) -> Objective:
+    """Return an objective without metrics if a head returns more in training than they expect."""
+    outputs = [form.output(form.net.sample, train) for train in (False, True)]
+    return objective if outputs[0] == outputs[1] else replace(objective, metrics=())
+
+
 class _Loop:
     """The mutable state of a training."""
 
@@ -136,10 +142,7 @@ class _Loop:
         self.of, self.before, self.choice = training, before, before.progress
         self.rows, self.first = list(before.rows), len(before.rows)
         self.taken = self.begun = int(ts.step)
-        self.objective = training.objective
-        outputs = [training.form.output(training.form.net.sample, train) for train in (False, True)]
-        if outputs[0] != outputs[1]:  # a head that returns more in training than metrics expect
-            self.objective = replace(training.objective, metrics=())
+        self.objective = in_training(training.form, training.objective)
         self.carry = training.devices.place(steps.start(ts, self.objective))
         self.key: Any = None
         self.step: Any = None
@@ -244,8 +247,7 @@ class _Loop:
         if kinds not in self.known:
             of, ts, batch = self.of, self.carry.ts, abstract((x, y))
             self.known.append(kinds)
-            seen = batch if of.form.augment is None else jax.eval_shape(of.form.augment, jax.random.key(0), *batch)
-            seen = of.form.output(seen[0], train=True), seen[1]
+            seen = of.form.trained(batch)
             self.objective.check(*seen, train=True)
             if self.step is not None:
                 return self.step

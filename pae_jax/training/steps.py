@@ -66,12 +66,23 @@ def key_of(ts: TrainState, objective: Objective, augment: Augment | None, batch:
       seen: abstract `(outputs, y)`, input of the loss.
     """
     head = heads.key_of(ts.head_spec)
-    texts = objective.text(*seen)
+    texts = _settled("loss or a metric", lambda: objective.text(*seen))
     if not hasattr(ts.tx, "transformation"):  # optimizers of recipes compare by value
         texts += (program_text(lambda params: _optimizer(ts.tx, params), ts.params),)
     if augment is not None:
-        texts += (program_text(augment, jax.random.key(0), *batch),)
+        texts += (_settled("augment", lambda: program_text(augment, jax.random.key(0), *batch)),)
     return (ts.net, ts.width, head, ts.sharing, ts.picking, ts.tx, objective, augment, texts)
+
+
+def _settled(name: str, text: Callable[[], Any]) -> Any:
+    """Return the text of a program; raise `ArgumentError` if the next one differs, as with numbers of NumPy's."""
+    first = text()
+    if first != text():
+        raise ArgumentError(
+            f"{name} is another program each time it is traced, as with np.random: what it draws would be a constant "
+            "of the compiled step. Draw in augment, by jax.random from its key"
+        )
+    return first
 
 
 def _optimizer(tx: Any, params: Tree) -> Any:
