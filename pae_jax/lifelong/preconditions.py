@@ -98,7 +98,6 @@ def check_task(
     floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
-    checked.check_objective(state.width, recipe.batch_size)
     if (
         "nearest" in (recipe.picks_from, recipe.local_init)
         and checked.train.arrays is not None
@@ -114,6 +113,7 @@ def check_task(
             f"task {task.name!r}: the training data has no length, so the epochs of a rate or a ramp have no number of "
             "steps; give data with a length, or constant rates and ramp=0"
         )
+    checked.check_objective(state.width, recipe.batch_size)
     return replace(checked, facts=facts_of(task, recipe))
 
 

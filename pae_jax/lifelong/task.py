@@ -297,11 +297,13 @@ class CheckedTask:
                 f"task {self.task.name!r} has labels without an accuracy; give it a Metric with `measure`, such as "
                 "MeanOf"
             )
-        if self.task.loss is not None and y.size and int(y.min()) < 0:
-            raise ArgumentError(
-                f"task {self.task.name!r} has labels down to {int(y.min())}, which the accuracy counts as wrong; give "
-                "it a Metric with `measure`, such as a MeanOf that leaves them out"
-            )
+        if self.task.loss is not None and output is not None and y.size:
+            low, high, outputs = int(y.min()), int(y.max()), output.shape[-1]
+            if low < 0 or high >= outputs:
+                raise ArgumentError(
+                    f"task {self.task.name!r} has labels in {low}..{high} and {outputs} outputs, so the accuracy "
+                    "counts some labels as wrong whatever the outputs; give it a Metric with `measure`, such as MeanOf"
+                )
 
     def measured(self, state: State, part: str) -> float:
         """Return the metric of the task on "train", "val" or "test" data."""

@@ -59,16 +59,17 @@ def require_range(leaf: Any, dtype: Any, name: str) -> None:
     if np.can_cast(leaf.dtype, dtype) or is_traced(leaf) or not leaf.size:
         return
     if all(jnp.issubdtype(kind, jnp.integer) for kind in (leaf.dtype, dtype)):
-        limits, low, high = jnp.iinfo(dtype), int(leaf.min()), int(leaf.max())
+        number, limits, finite = int, jnp.iinfo(dtype), leaf
     elif all(jnp.issubdtype(kind, jnp.floating) for kind in (leaf.dtype, dtype)):
-        module = jnp if isinstance(leaf, jax.Array) else np
-        finite = {"where": module.isfinite(leaf), "initial": 0.0}
-        limits, low, high = jnp.finfo(dtype), float(module.min(leaf, **finite)), float(module.max(leaf, **finite))
+        number, limits, module = float, jnp.finfo(dtype), jnp if isinstance(leaf, jax.Array) else np
+        finite = module.where(module.isfinite(leaf), leaf, module.zeros((), leaf.dtype))
     else:
         return
-    if low < limits.min or high > limits.max:
+    low, high = number(finite.min()), number(finite.max())
+    least, most = number(limits.min), number(limits.max)
+    if low < least or high > most:
         raise DataError(
-            f"{name} has values in {low}..{high}, but {np.dtype(dtype)} holds {limits.min}..{limits.max}. Scale the "
+            f"{name} has values in {low}..{high}, but {np.dtype(dtype)} holds {least}..{most}. Scale the "
             "data, or make the net with a sample of the wider dtype."
         )
 

@@ -1,6 +1,7 @@
 """The command line: what each command finds, in words and as JSON; errors are one line and end with 2."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -208,6 +209,19 @@ def test_the_package_runs_as_a_program(folder):
         [sys.executable, "-m", "pae_jax", "verify", folder / "a.bundle"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "1 frozen tasks are what was frozen: a\n"), done.stderr
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(net, frozen, tmp_path):
+    state = pae.freeze(pae.pack(net, frozen, "名", head=2, key=jax.random.key(1), allow_empty=True), "名")
+    pae.save(tmp_path / "stage", state)
+    done = subprocess.run(
+        [sys.executable, "-m", "pae_jax", "verify", tmp_path / "stage"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout) == (0, "2 frozen tasks are what was frozen: a, \\u540d\n"), done.stderr
 
 
 def test_a_stage_is_no_delta_and_a_command_that_is_missing_names_no_other(run, folder, tmp_path):

@@ -1204,6 +1204,12 @@ def test_the_128th_task_is_refused_before_anything_is_written(learn, frozen, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_tasks_than_a_network_holds_are_refused_before_the_first(learn_all, frozen, monkeypatch, no_training):
+    monkeypatch.setattr("pae_jax.lifelong.preconditions.MAX_TASKS", 2)
+    with pytest.raises(pae.CapacityError, match="at most 2 tasks; it has 1 and 2 are to come"):
+        learn_all([make_task("b"), make_task("c")], PLAIN, state=frozen)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1211,12 +1217,16 @@ def test_the_128th_task_is_refused_before_anything_is_written(learn, frozen, tmp
         ({"tasks": [make_task("a"), make_task("b", val=None)]}, "'b' has no validation data"),
         ({"goals": {"a": 0.5, "bb": 0.5}}, "goals has 'bb'"),
         ({"goals": {"b": math.nan}}, "goal must be a finite number"),
+        (
+            {"tasks": [make_task("a"), make_task("b", loss=lambda out, y: out @ y)]},
+            "'b', val: the loss fails",
+        ),
         ({"tasks": iter([make_task("a")])}, "must be a sequence"),
     ],
 )
 def test_a_stream_that_would_stop_at_a_later_task_does_not_begin(learn_all, change, message, tmp_path, no_training):
     call = {"tasks": [make_task("a"), make_task("b", 1)]} | change
-    with pytest.raises(pae.ArgumentError, match=message):
+    with pytest.raises((pae.ArgumentError, pae.DataError), match=message):
         learn_all(call.pop("tasks"), CHOOSES, run=pae.Run(tmp_path), **call)
     assert list(tmp_path.iterdir()) == []
 

@@ -238,6 +238,28 @@ def test_keep_all_keeps_every_stage_and_the_same_results(net, learn_all, finishe
     assert (tmp_path / "stages.csv").read_text() == (path / "stages.csv").read_text()
 
 
+def test_stages_that_were_kept_stay_when_the_run_is_read_again(learn_all, tmp_path):
+    learn_all(tmp_path, TASKS[:1], keep="all")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    learn_all(tmp_path, TASKS[:1])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert (tmp_path / "01-age" / "0-trained").is_dir()
+
+
+def test_settings_do_not_count_where_no_stage_was_made(learn_all, tmp_path, monkeypatch, assert_same):
+    """So a slip that ended a call can be corrected in the same folder."""
+
+    def fails(*arguments, **options):
+        raise RuntimeError("a slip")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a slip"):
+        patch.setattr(stage_maker, "trained", fails)
+        learn_all(tmp_path / "run", TASKS[:1], dataclasses.replace(RECIPE, goal=None, retrain=None, ladder=None))
+    assert (tmp_path / "run" / "01-age" / "settings.json").exists()
+    corrected = learn_all(tmp_path / "run", TASKS[:1])
+    assert_same(corrected.state.shared, learn_all(tmp_path / "other", TASKS[:1]).state.shared)
+
+
 def test_a_keep_of_no_kind_and_a_file_for_a_folder_are_refused(tmp_path):
     with pytest.raises(pae.ArgumentError, match="keep must be one of"):
         pae.Run(tmp_path, keep="best")
@@ -441,6 +463,17 @@ def test_labels_in_a_list_data_in_a_dict_and_batches_in_a_list_are_known_by_thei
     for kind in kinds.values():
         assert checksums(kind(y)) == checksums(kind(y.copy())) != checksums(kind(1 - y))
     assert checksums(lambda epoch: iter([(x, y)])) is None
+    assert checksums([[x, y]]) == checksums([[x.copy(), y]]) != checksums([[x, 1 - y]])
+
+
+def test_checksums_of_entries_that_training_does_not_use():
+    """Names of files, which are objects, lists of other lengths, inputs that are a list of arrays."""
+    names = lambda count: np.array([f"images/{i}.png" for i in range(count)], dtype=object)  # noqa: E731
+    assert checksums({"file": names(3)}) == checksums({"file": names(3)}) != checksums({"file": names(3)[::-1]})
+    ragged = checksums({"boxes": [[0], [1, 2]]})
+    assert ragged == checksums({"boxes": [[0], [1, 2]]}) != checksums({"boxes": [[0], [1, 3]]})
+    parts = [np.zeros((2, 3)), np.zeros((2, 4))]
+    assert checksums((parts, np.zeros(2))) != checksums(([np.ones((2, 3)), parts[1]], np.zeros(2)))
 
 
 @pytest.mark.parametrize(

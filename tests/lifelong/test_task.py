@@ -96,6 +96,22 @@ def test_an_accuracy_of_which_less_is_better_is_refused():
         pae.Metric(higher_is_better=False)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: pae.Metric("m", lambda out, y: 1.0), r"\(net, state, task, data\) -> float.*goes into pae\.MeanOf"),
+        (lambda: pae.Metric("m", 3), "found a value of type int"),
+        (lambda: pae.Metric(None, lambda *_: 1.0), "name of a metric"),
+        (lambda: pae.Metric("m", lambda *_: 1.0, higher_is_better=None), "higher_is_better must be True or False"),
+        (lambda: pae.MeanOf(3), r"\(outputs, y\) -> array"),
+        (lambda: pae.MeanOf(lambda net, state, task: 1.0), r"\(outputs, y\) -> array"),
+    ],
+)
+def test_a_metric_that_cannot_be_called_is_refused_where_it_is_made(make, words):
+    with pytest.raises(pae.ArgumentError, match=words):
+        make()
+
+
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))))
 def test_the_tolerance_is_exact_to_rounding(numbers):
     """Of n examples, k below the goal reach it with a tolerance of k/n, and not with half an example less."""
@@ -189,6 +205,43 @@ def test_whether_labels_have_an_accuracy_is_known_before_anything_is_learned(che
     batches = checked([(x, y)], loss=flat)
     batches.check_accuracy(batches.train, 1.0)  # batches are not looked into
     batches.check_accuracy(batches.val, 1.0)  # there is none
+
+
+def test_an_accuracy_is_refused_where_labels_are_no_class_of_the_outputs(data, checked):
+    """Such as -1 for examples that the loss leaves out, or a head of one output for two classes."""
+    x, y = data
+    for labels in (np.where(y == 1, -1, y), y + 1):
+        task = checked(val=(x, labels), loss=distance)
+        with pytest.raises(pae.ArgumentError, match=r"task 'a' has labels in .* and 2 outputs"):
+            task.check_accuracy(task.val, 1.0)
+        checked(val=(x, labels), loss=distance, metric=LOWER).check_accuracy(task.val, 1.0)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_loss_or_a_measure_that_does_not_fit_is_refused_by_task_and_part(data, checked, part):
+    def mixes(logits, y):
+        return (logits[:, :1] - y[None]) ** 2
+
+    given = {"metric": LOWER, part: data}
+    with pytest.raises(pae.DataError, match=f"^task 'a', {part}: the loss mixes examples"):
+        checked(**given, loss=mixes).check_objective(1.0, 8)
+    checked(**given, loss=distance).check_objective(1.0, 8)
+    if part != "train":
+        wrong = pae.Metric("m", pae.MeanOf(lambda logits, y: logits))
+        with pytest.raises(pae.ArgumentError, match=r"shape \(40,\); found shape \(40, 2\)"):
+            checked(**given | {"metric": wrong}).check_objective(1.0, 8)
+
+
+def test_errors_of_data_name_task_and_part(data, checked):
+    x, y = data
+    with pytest.raises(pae.DataError, match=r"^task 'a', val: data: labels lie in"):
+        checked(data, val=(x, y + 5))
+    with pytest.raises(pae.StructureError, match=r"^task 'a', test: input: found") as error:
+        checked(data, test=(x[:, :2], y))
+    assert error.value.tree == "input"
+    batches = checked([(x, y), (x, y + 5)])
+    with pytest.raises(pae.DataError, match=r"^task 'a', train: batch 1 of epoch 0: labels lie in"):
+        list(batches.train.epoch(0, None))
 
 
 def test_what_a_loss_is_of_has_two_names(data):

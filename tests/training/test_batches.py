@@ -186,6 +186,8 @@ BAD_DATA = {
         "batch 1 of epoch 0: x holds NaN or infinity, first in example 3",
     ),
     "label in a later batch": ([(X, Y), (X, Y), (X, Y * 3)], "batch 2 of epoch 0: labels lie in 0..3"),
+    "weights": ({"image": X, "label": Y, "weight": Y}, r"data: 'weight' would not be used.*'label': \(y, weight\)"),
+    "factory of nothing": (lambda epoch: None, "data gave None in epoch 0, expected an iterable of batches"),
     "empty batch": ([(X, Y), (X[:0], Y[:0])], "batch 1 of epoch 0: no examples"),
 }
 
@@ -476,6 +478,23 @@ def test_an_augmentation_may_make_inputs_of_another_dtype_and_shape_but_they_mus
         quick_fit(fresh(net), "a", (x, y), net=net, augment=lambda key, x: x[:, :2])
     with pytest.raises(pae.StructureError, match=r"found float32\[24,3,2\], expected float32\[batch,2,2\]"):
         quick_fit(fresh(net), "a", (x, y), net=net, augment=lambda key, x: x.astype(jnp.float32))
+
+
+def test_an_augmentation_returns_inputs_and_labels_and_draws_by_its_key(packed, quick_fit, data):
+    with pytest.raises(pae.ArgumentError, match=r"augment \(key, x, y\) must return \(x, y\), found float32\[40,4\]"):
+        quick_fit(packed, "a", data, augment=lambda key, x, y: x)
+    noise = np.random.default_rng(0)
+    with pytest.raises(pae.ArgumentError, match="augment is another program each time it is traced"):
+        quick_fit(packed, "a", data, augment=lambda key, x: x + noise.normal(size=x.shape).astype(np.float32))
+
+
+def test_inputs_beyond_the_range_of_a_narrower_dtype_are_refused(data):
+    net = pae.linen(pae.models.MLP, jnp.zeros((1, 4), jnp.float16))
+    x, state = data[0], fresh(net)
+    pae.predict(net, state, "a", np.full((2, 4), np.inf, np.float32))
+    for given in (x * 1e5, jnp.asarray(x * 1e5)):
+        with pytest.raises(pae.DataError, match=r"has values in .*, but float16 holds -65504\.0\.\.65504\.0"):
+            pae.predict(net, state, "a", given)
 
 
 @pytest.fixture(scope="module")
