@@ -15,7 +15,7 @@ from pae_jax.core.spread_arrays import sharding_of
 from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
 from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
-from pae_jax.nets import Net, check_net, heads, own_variables, require_single_answers
+from pae_jax.nets import Net, check_net, fingerprint, heads, own_variables, require_single_answers
 from pae_jax.trees import Tree, require_match
 
 
@@ -214,6 +214,7 @@ def pack(
         layout=layout_of(local=local, head=variables),
         sharing=sharing,
         picking=rule,
+        program=fingerprint(net, state.width, head),
     )
     return state.replace(shared=shared, owner=owner, tasks={**state.tasks, task: entry})
 

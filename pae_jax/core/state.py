@@ -38,6 +38,7 @@ class TaskState(struct.PyTreeNode):
       layout: dtype and shape of local variables and head, as they were packed; see `layout_of`.
       sharing: which older weights the task sees: "all", "first" (those of task 1) or "picked".
       picking: how it picks, with sharing "picked"; None otherwise.
+      program: fingerprint of what it computes, by which `load` knows another model of the same shapes; "" if unknown.
     """
 
     local: Tree
@@ -50,6 +51,7 @@ class TaskState(struct.PyTreeNode):
     layout: str = struct.field(pytree_node=False, kw_only=True)
     sharing: str = struct.field(pytree_node=False, default="all")
     picking: Picking | None = struct.field(pytree_node=False, default=None)
+    program: str = struct.field(pytree_node=False, default="")
 
     @property
     def frozen(self) -> bool:

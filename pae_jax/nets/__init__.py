@@ -2,6 +2,8 @@
 
 from pae_jax.nets.answers import require_single_answers as require_single_answers
 from pae_jax.nets.answers import trial_inputs as trial_inputs
+from pae_jax.nets.fingerprint import fingerprint as fingerprint
+from pae_jax.nets.fingerprint import require_program as require_program
 from pae_jax.nets.forward import apply_backbone as apply_backbone
 from pae_jax.nets.forward import apply_task as apply_task
 from pae_jax.nets.forward import features_function as features_function

@@ -22,7 +22,7 @@ import numpy as np
 from pae_jax.checks import check_flag, check_number
 from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
-from pae_jax.nets import Net, check_net
+from pae_jax.nets import Net, check_net, require_program
 from pae_jax.storage import files, joint_saving, orbax_arrays, stage
 from pae_jax.storage.background import Saving, wait_for_last
 from pae_jax.storage.shield import Decision, shielded
@@ -163,7 +163,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def load(
-    net: Net, path: str | Path, *, heads: Mapping[str, Any] | None = None, sharding: Placement | None = None
+    net: Net,
+    path: str | Path,
+    *,
+    heads: Mapping[str, Any] | None = None,
+    sharding: Placement | None = None,
+    same_program: bool = True,
 ) -> State:
     """Read a stage. Strict: every leaf must have the path, shape, dtype and checksum that was saved.
 
@@ -173,13 +178,15 @@ def load(
       heads: `{task: Flax module}` for tasks whose head is not a plain number of classes.
       sharding: where the arrays lie, as for `init`; None reads them onto one device. Each device reads its own part,
         and one block of rows of one array at a time is in the memory of the host, for its checksum.
+      same_program: refuse a model or head that computes otherwise than the one that a task was packed with; known only
+        under the same versions of JAX and Flax, settings of JAX, backend and sizes of the sample.
 
     Returns:
       The state, equal to the saved one bit for bit.
 
     Raises:
       CheckpointError: missing, half-written or damaged; not a stage of this library; a newer schema.
-      StructureError: the stage belongs to another model; names the leaf.
+      StructureError: the stage belongs to another model; names the leaf, or the task whose program differs.
       ArgumentError: a head module is missing, or `sharding` is refused as by `init`.
 
     Example: see `save`.
@@ -190,6 +197,8 @@ def load(
         facts, stored = contents(path)
         template = stage.template(net, facts, dict(heads or {}))
         require_match(f"stage {path.name}", stored, stage.arrays_of(template), "Is it a stage of this model?")
+        for name, entry in template.tasks.items() if same_program else ():
+            require_program(net, entry.width, entry.head_spec, name, entry.program)
         if sharding is not None:
             plan = placement.planned(net, template, sharding)
             stored = jax.tree.map(_with_sharding, stored, stage.arrays_of(plan))

@@ -67,6 +67,7 @@ def describe(state: State, arrays: Tree, extra: dict[str, Any]) -> dict[str, Any
                 "sharing": entry.sharing,
                 "picking": None if entry.picking is None else asdict(entry.picking),
                 "head": heads.describe(entry.head_spec),
+                "program": entry.program,
                 "phase": entry.phase,
                 "weights": int(own.sum()),
                 "digests": {path: row.hex() for path, row in integrity.recorded(state, entry).items()}
@@ -118,6 +119,7 @@ def template(net: Net, info: dict[str, Any], modules: dict[str, Any]) -> State:
             layout=layout_of(local=parts.local, head=variables),
             sharing=entry["sharing"],
             picking=rule,
+            program=entry.get("program", ""),
         )
     if modules:
         raise ArgumentError(f"heads names {sorted(modules)}, which the stage does not have")

@@ -977,3 +977,47 @@ def test_sealed_metadata_of_another_meaning_is_a_typed_error(net, copy):
     edit_json(copy, hostile)
     with pytest.raises(pae.CheckpointError, match="is not what this pae_jax writes: KeyError"):
         pae.load(net, copy)
+
+
+class Activated(nn.Module):
+    """A backbone whose weights say nothing of its activation."""
+
+    width: float
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, x):
+        return getattr(nn, self.activation)(nn.Dense(int(8 * self.width))(x))
+
+
+class Tempered(nn.Module):
+    temperature: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x) / self.temperature
+
+
+def test_a_model_or_head_of_the_same_shapes_that_computes_otherwise_is_refused(tmp_path, assert_same):
+    net = pae.linen(Activated, jnp.zeros((1, 4)))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=Tempered(), key=jax.random.key(1))
+    state = pae.freeze(state, "a")
+    pae.save(tmp_path / "stage", state)
+    pae.write_bundle(tmp_path / "bundle", net, state)
+    edited = pae.linen(lambda width: Activated(width, "tanh"), jnp.zeros((1, 4)))
+    for other, head in ((edited, Tempered()), (net, Tempered(2.0))):
+        for read in (pae.load, pae.read_bundle):
+            path = tmp_path / ("stage" if read is pae.load else "bundle")
+            with pytest.raises(pae.StructureError, match=r"program of task 'a': found digest .* same_program=False"):
+                read(other, path, heads={"a": head})
+            found = read(other, path, heads={"a": head}, same_program=False)
+            assert_same(found.tasks["a"].head, state.tasks["a"].head)
+    same = pae.linen(lambda width: Activated(width), jnp.ones((3, 4)))  # another sample and another object
+    assert_same(pae.load(same, tmp_path / "stage", heads={"a": Tempered()}).shared, state.shared)
+
+
+def test_a_program_is_not_compared_under_other_circumstances(net, frozen, tmp_path):
+    """Another version of JAX, or other settings of it, may write the same program otherwise."""
+    entry = frozen.tasks["a"].replace(program=frozen.tasks["a"].program[16:].join(["0" * 16, " and more"]))
+    pae.save(tmp_path / "stage", frozen.replace(tasks={"a": entry}))
+    assert pae.load(net, tmp_path / "stage").tasks["a"].program == entry.program

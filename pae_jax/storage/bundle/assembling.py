@@ -254,6 +254,7 @@ def _with_task(
         layout=layout_of(local=local, head=head),
         sharing=entry["sharing"],
         picking=None if entry["picking"] is None else Picking(**entry["picking"]),
+        program=entry.get("program", ""),
     )
     counts = header["picks"].get(str(entry["id"]))
     if counts is not None:

@@ -73,4 +73,5 @@ def _task(entry: dict[str, Any], shared: Tree, parts: dict[str, Tree]) -> TaskSt
         layout=layout_of(local=local, head=head),
         sharing=entry["sharing"],
         picking=None if entry.get("picking") is None else Picking(**entry["picking"]),
+        program=entry.get("program", ""),
     )

@@ -222,6 +222,7 @@ def _task_records(state: State, have: int, own: Sequence[int]) -> Iterator[dict[
             "sharing": entry.sharing,
             "picking": None if entry.picking is None else asdict(entry.picking),
             "head": heads.describe(entry.head_spec),
+            "program": entry.program,
             "head_variables": jax.tree.map(describe, entry.head),
             "weights": weights,
             "sha256": task_digest(state, entry),

@@ -8,7 +8,7 @@ from typing import Any
 
 from pae_jax.core import Placement, State, integrity, layout_of, placement
 from pae_jax.errors import ArgumentError, StructureError
-from pae_jax.nets import Net, check_net, heads
+from pae_jax.nets import Net, check_net, heads, require_program
 from pae_jax.storage import files
 from pae_jax.storage.bundle import assembling, file
 from pae_jax.trees import require_match
@@ -21,6 +21,7 @@ def read_bundle(
     onto: State | None = None,
     heads: Mapping[str, Any] | None = None,
     sharding: Placement | None = None,
+    same_program: bool = True,
 ) -> State:
     """Read a bundle; every task's digest is recomputed and compared.
 
@@ -31,6 +32,7 @@ def read_bundle(
       heads: `{task: Flax module}` for tasks of the file whose head is not a plain number of classes.
       sharding: where the arrays lie, as for `init`, once they are put together in the memory of the host; None is one
         device.
+      same_program: as for `load`.
 
     Returns:
       The tasks, and no weight that none of them uses: those are free and 0. With `onto`, all older tasks as well, bit
@@ -39,7 +41,7 @@ def read_bundle(
     Raises:
       CheckpointError: missing or damaged; not a bundle; a newer schema; or `onto` is another state than the one the
         delta was made for: names the task that differs.
-      StructureError: the bundle belongs to another model; names the leaf.
+      StructureError: the bundle belongs to another model; names the leaf, or the task whose program differs.
       ArgumentError: a delta without `onto`, a whole bundle with it, a head module is missing, or `sharding` is refused
         as by `init`.
       ForgettingError: `onto` is damaged.
@@ -50,6 +52,9 @@ def read_bundle(
     header, tensors = file.read(files.local_path(path))
     specs = _specs(header, dict(heads or {}))
     _require_model(net, header, specs)
+    for entry in header["tasks"] if same_program else ():
+        spec = specs.get(entry["name"], entry["head"])
+        require_program(net, entry["width"], spec, entry["name"], entry.get("program", ""))
     state = assembling.assembled(header, tensors, onto, specs)
     layout = layout_of(shared=state.shared, local=net.layout(state.width).local)
     state = state.replace(layout=layout, local=_backbone_local(state, onto))
