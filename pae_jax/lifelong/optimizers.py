@@ -48,10 +48,7 @@ def _check_decay(weight_decay: float, decayed: tuple[str, ...]) -> None:
 
 
 def _decay(weight_decay: float, decayed: tuple[str, ...]) -> optax.GradientTransformation:
-    """Add `weight_decay * w` to the gradient of shared weights, of kernels of heads, and of scores of picks.
-
-    A shared leaf of which the task owns little is a vector of single weights here, so its rank says nothing.
-    """
+    """Add `weight_decay * w` to the gradient of shared weights, of kernels of heads, and of scores of picks."""
 
     def mask(params: Any) -> Any:
         return {

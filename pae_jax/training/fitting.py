@@ -68,8 +68,8 @@ def fit(
         loss.
       optimizer: any optax transformation over `{"shared", "local", "head", "pick"}`, or an optimizer of `pae.recipes`.
         For a shared weight that the task does not own, the optimizer gets 0 as parameter and as gradient; a leaf of
-        which the task owns little is a block or a vector for it, which a mask by `ndim` must expect. A new optimizer
-        object for every call compiles every time; optimizers of `pae.recipes` compare by value.
+        which the task owns little is a block or a row for it, with as many axes. A new optimizer object for every call
+        compiles every time; optimizers of `pae.recipes` compare by value.
       epochs: passes over the data, at least 0; with `resume`, additional passes.
       key: random key of shuffling and dropout.
       batch_size: examples per step when `train` is arrays; fewer if there are fewer.

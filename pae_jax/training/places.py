@@ -24,10 +24,14 @@ SMALLEST = 256
 class Places:
     """Which entries of a leaf a parameter holds.
 
+    A parameter has as many axes as its leaf, because optimizers tell kernels from biases by the number of axes: single
+    entries are one row, (1, ..., 1, n). As a column, each would be a unit of its own for `optax.centralize`, whose mean
+    it would lose: all of it.
+
     Attributes:
       index: int32 vectors, one for each of `axes`. A block is the product of these sets of positions and of all
         positions of the other axes. Single entries have the coordinates `index[0][n], index[1][n], ...`; entries that
-        only fill up the vector lie outside the leaf.
+        only fill up the row lie outside the leaf.
       axes: the axes that `index` speaks of, ascending when made by `find`; all axes for single entries.
       scattered: whether these are single entries.
     """
@@ -53,10 +57,10 @@ class Places:
         return dataclasses.replace(self, axes=tuple(permutation.index(axis) for axis in self.axes))
 
     def _where(self, leaf: jax.Array) -> tuple[jax.Array | slice, ...]:
-        """Return an index whose result has the axes of the leaf in their order, or one axis for single entries."""
+        """Return an index whose result has the axes of the leaf in their order, the last of them for single entries."""
         known = dict(zip(self.axes, self.index, strict=True))
         if self.scattered:
-            return tuple(known[axis] for axis in range(leaf.ndim))
+            return tuple(known[axis].reshape(*[1] * (leaf.ndim - 1), -1) for axis in range(leaf.ndim))
         first, last = min(self.axes), max(self.axes)
         between = [known.get(axis, jnp.arange(leaf.shape[axis])) for axis in range(first, last + 1)]
         return (*[slice(None)] * first, *jnp.ix_(*between))

@@ -49,7 +49,7 @@ class TrainState:
       step: int32 scalar, gradients applied so far.
       params: the trained parameters: `{"shared": ..., "local": ..., "head": ...}`, and `"pick"`, the scores of older
         weights, for a task of sharing "picked". Shared leaves of which the task owns nothing are left out. A leaf of
-        which it owns little is a block of its rows and columns, or a vector of single weights.
+        which it owns little is a block of its rows and columns, or one row of single weights, (1, ..., 1, n).
       opt_state: state of `tx`, over the same tree, 0 where the task owned nothing from the start; released weights keep
         the optimizer's means, which fade.
       variables: all other variables of the model: `{"backbone": {collection: ...}, "head": {collection: ...}}`, and

@@ -288,7 +288,7 @@ def test_outside_a_recipe_an_optimizer_needs_its_own_learning_rate(kind, net, pa
 
 @pytest.mark.parametrize("kind", [Sgd, Adam])
 def test_shared_weights_of_a_task_that_owns_few_decay_as_well(kind):
-    """A leaf of which a task owns little is a vector of single weights for the optimizer."""
+    """A leaf of which a task owns little is a row of single weights for the optimizer."""
     net = pae.linen(lambda width: pae.models.MLP(width, (64,)), jnp.zeros((1, 64)))
     x, y = np.zeros((32, 64), np.float32), np.zeros(32, np.int32)
     norms = {}

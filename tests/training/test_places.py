@@ -31,7 +31,10 @@ BLOCKS = {
     "axes apart": (owned((8, 4, 24), [1, 5], slice(None), slice(0, 9)), (2, 4, 9)),
     "one entry of a slice": (owned((24, 32), slice(0, 2), slice(0, 2)), (2, 2)),
 }
-ENTRIES = {"a matrix": (scattered((24, 32), 37), 40), "a kernel": (scattered((3, 3, 8, 16), 5), 5)}
+ENTRIES = {
+    "a matrix": (scattered((24, 32), 37), (1, 40)),
+    "a kernel": (scattered((3, 3, 8, 16), 5), (1, 1, 1, 5)),
+}
 
 
 @pytest.mark.parametrize(("owner", "shape"), BLOCKS.values(), ids=BLOCKS)
@@ -42,14 +45,14 @@ def test_rows_and_columns_of_a_leaf_are_a_block(owner, shape):
     assert (places.take(jnp.asarray(owner)) == 2).all()
 
 
-@pytest.mark.parametrize(("owner", "length"), ENTRIES.values(), ids=ENTRIES)
-def test_few_single_weights_are_a_vector_filled_up_to_a_length_that_others_share(owner, length):
+@pytest.mark.parametrize(("owner", "shape"), ENTRIES.values(), ids=ENTRIES)
+def test_few_single_weights_are_a_row_of_as_many_axes_filled_up_to_a_length_that_others_share(owner, shape):
     places = of_places.find(owner, 2)
     assert places.scattered
     found = np.asarray(places.take(jnp.asarray(owner)))
-    assert found.shape == (length,)
+    assert found.shape == shape
     assert (found == 2).sum() == (owner == 2).sum()
-    assert set(found) <= {0, 2}  # 0 is outside the leaf: no task's
+    assert set(found.flat) <= {0, 2}  # 0 is outside the leaf: no task's
 
 
 def test_what_is_not_small_and_what_is_tiny_is_trained_whole():

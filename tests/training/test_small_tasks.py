@@ -249,6 +249,30 @@ def test_optimizers_of_other_kinds_see_the_parts(small, name):
     check_unforgotten(net, state, after)
 
 
+@pytest.mark.parametrize("kind", ["decay", "centralize"])
+def test_an_optimizer_that_tells_kernels_by_their_axes_moves_single_weights_as_it_does_whole_leaves(
+    linen_net, whole, kind
+):
+    state = strewn(linen_net)
+    kernels = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)  # noqa: E731
+    decay = optax.adamw(0.1, weight_decay=1.0, mask=kernels)
+    tx = decay if kind == "decay" else optax.chain(optax.centralize(), optax.sgd(0.1))
+    one, other = create(linen_net, state, tx), whole(linen_net, state, tx)
+    axes = lambda ts: [leaf.ndim for leaf in jax.tree.leaves(ts.params["shared"])]  # noqa: E731
+    assert one.places and axes(one) == axes(other)
+    if kind == "centralize":
+        moved = step(one, X, Y).commit(linen_net, state)
+        assert all((flatten(moved.shared)[path] != flatten(state.shared)[path]).any() for path in owned(state))
+        return
+    for _ in range(10):
+        one, other = (ts.apply_gradients(grads=jax.tree.map(jnp.zeros_like, ts.params)) for ts in (one, other))
+    found, wanted = (ts.commit(linen_net, state) for ts in (one, other))
+    close(found.shared, wanted.shared)
+    for path, mask in owned(state).items():
+        before, after = (np.linalg.norm(np.asarray(flatten(s.shared)[path])[mask]) for s in (state, found))
+        assert after == pytest.approx(0.9**10 * before, rel=1e-3)
+
+
 def test_steps_in_a_scan_under_vmap_and_donated(small):
     net, state = small
     one = create(net, state)
