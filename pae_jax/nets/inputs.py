@@ -15,12 +15,13 @@ from pae_jax.nets.network import Net, batch_size
 from pae_jax.trees import Tree, abstract, describe, flatten, path_name, sketch
 
 
-def read_inputs(net: Net, x: Tree) -> Tree:
+def read_inputs(net: Net, x: Tree, *, values: bool = True) -> Tree:
     """Return inputs as arrays that fit the sample: same tree, same shape after the batch axis, same kind of dtype.
 
     A list in place of an array is converted to one. Axes in the net's `free_axes` may have any size. A narrower or
     wider dtype of the same kind (NumPy's float64 for float32) passes, if integers keep their values; integers for
-    floats do not, because an image of 0..255 instead of 0..1 would train without an error.
+    floats do not, because an image of 0..255 instead of 0..1 would train without an error. Without `values` only
+    shapes and dtypes are read, and nothing is fetched from the device.
     """
     structure = jax.tree.structure(net.sample)
     hint = "(x, y) is one pair of arrays; several batches go into a list." if isinstance(x, tuple) else ""
@@ -40,7 +41,8 @@ def read_inputs(net: Net, x: Tree) -> Tree:
             raise StructureError("input", path, found, expected, hint or "The batch axis comes first.")
         if not _same_kind(leaf.dtype, wanted.dtype):
             raise StructureError("input", path, found, expected, "Convert and scale the data as the model expects.")
-        require_range(leaf, wanted.dtype, f"input {path}".strip())
+        if values:
+            require_range(leaf, wanted.dtype, f"input {path}".strip())
     return arrays
 
 

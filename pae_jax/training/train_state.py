@@ -15,7 +15,7 @@ from flax import traverse_util
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
 from pae_jax.core import Of, Picking, Scope, State, committing, find_trainable, integrity, ownership, pruning
 from pae_jax.errors import ArgumentError, ForgettingError
-from pae_jax.nets import Net, Rngs
+from pae_jax.nets import Net, Rngs, read_inputs
 from pae_jax.training import gated
 from pae_jax.training import task_arrays as arrays
 from pae_jax.training.optimizer import holds, transformation
@@ -142,14 +142,21 @@ class TrainState:
 
         Args:
           params: tree like `self.params`: the parameters, an average of them, or any other values.
-          x: inputs (batch, ...), as in the net's sample.
+          x: inputs (batch, ...), as in the net's sample: its tree, shapes after the batch axis, kinds of dtypes.
           train: whether dropout is on and running statistics are updated.
-          rngs: a random key, or `{stream: key}`; None draws from `self.key` and `self.step`.
+          rngs: a random key, or `{stream: key}`; None draws from `self.key` and `self.step`, so all calls within one
+            step draw the same numbers. For several passes, micro-batches, or examples under `jax.vmap`, pass
+            `jax.random.fold_in(key, i)`.
 
         Returns:
           `(output, updates)`; updates are for `apply_gradients`: the collections after this call, including sown
           values, `{"backbone": {collection: ...}, "head": {...}}`, empty unless `train`.
+
+        Raises:
+          StructureError: parameters or inputs of another tree, shape or kind of dtype; names the leaf.
+          DataError: a masked array.
         """
+        x = read_inputs(self.net, x, values=False)
         if rngs is None and train and self.key is not None:
             rngs = jax.random.fold_in(self.key, self.step)
         first, second = jax.random.split(rngs) if isinstance(rngs, jax.Array) else (rngs, rngs)

@@ -806,6 +806,40 @@ def test_gradients_and_parameters_of_other_shapes_are_refused_by_leaf(net, state
         ts.apply_fn(row, X)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            (X * 9).astype(np.uint8),
+            pae.StructureError,
+            r"input: found uint8\[40,4\], expected float32\[batch,4\].*scale",
+        ),
+        (X[:, :3], pae.StructureError, r"input: found float32\[40,3\], expected float32\[batch,4\]"),
+        (X[0], pae.StructureError, r"found float32\[4\], .*The batch axis comes first"),
+        ((X, Y), pae.StructureError, r"input: found tuple of 2"),
+        (np.ma.masked_array(X, X > 0), pae.DataError, "masked array"),
+    ],
+    ids=["integers", "width", "no batch", "pair", "masked"],
+)
+def test_inputs_that_predict_refuses_are_refused_by_apply_fn(net, state, wrong, error, message):
+    ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
+    with pytest.raises(error, match=message):
+        ts.apply_fn(ts.params, wrong)
+    with pytest.raises(error):
+        pae.predict(net, state, "new", wrong)
+    if error is pae.StructureError:
+        with pytest.raises(error, match=message):
+            jax.eval_shape(lambda x: ts.apply_fn(ts.params, x, train=True), wrong)
+
+
+def test_inputs_of_the_samples_kind_are_taken_in_lists_and_example_by_example(net, state, assert_same):
+    ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
+    run = lambda x: ts.apply_fn(ts.params, x)[0]  # noqa: E731
+    assert_same(run(X.tolist()), run(X))
+    np.testing.assert_allclose(jax.vmap(lambda x: run(x[None])[0])(X), run(X), rtol=1e-5, atol=1e-6)
+    assert run(jnp.asarray(X, jnp.bfloat16)).shape == run(X.astype(np.float64)).shape == (40, 2)
+
+
 def test_updates_that_apply_fn_did_not_return_are_refused(net, state):
     ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
     zeros = jax.tree.map(jnp.zeros_like, ts.params)
