@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +24,14 @@ _LAYOUTS, _INITS = Cache(64), Cache(8)
 
 def check_head(head: Any) -> Any:
     """Return a head in its stored form: classes as an int, an NNX module as a private copy."""
-    if head is None or isinstance(head, nn.Module):
+    if head is None:
+        return head
+    if isinstance(head, nn.Module):
+        for path in _arrays(head, ""):
+            raise ArgumentError(
+                f"head {type(head).__name__} holds an array in its field '{path}', so heads cannot be compared. Pass a "
+                "tuple of numbers, or make the array in the call or as a variable of the module"
+            )
         return head
     if isinstance(head, nnx.Module):
         return nnx.clone(head)
@@ -31,6 +40,22 @@ def check_head(head: Any) -> Any:
     if head < 1:
         raise ArgumentError(f"head must have at least 1 class, found {head}")
     return int(head)
+
+
+def _arrays(value: Any, path: str) -> Iterator[str]:
+    """Yield the paths of arrays in the fields of a Linen module, and of what it is made of."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        yield path
+    elif isinstance(value, Mapping):
+        for name, child in value.items():
+            yield from _arrays(child, f"{path}[{name!r}]")
+    elif isinstance(value, (tuple, list)):
+        for number, child in enumerate(value):
+            yield from _arrays(child, f"{path}[{number}]")
+    elif isinstance(value, nn.Module):
+        for field in dataclasses.fields(value):
+            if field.name != "parent":
+                yield from _arrays(getattr(value, field.name), f"{path}.{field.name}".lstrip("."))
 
 
 def key_of(head: Any) -> Any:

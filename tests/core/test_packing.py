@@ -1,6 +1,7 @@
 """init, from_variables, pack, freeze, drop: what starts where, and what is refused."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -345,6 +346,35 @@ def test_pack_is_refused_while_the_newest_task_is_not_frozen(net, packed):
 def test_a_head_that_is_neither_classes_nor_a_module_is_refused(net, empty, head):
     with pytest.raises(pae.ArgumentError, match="head must"):
         pae.pack(net, empty, "a", head=head, key=jax.random.key(0))
+
+
+class Adjusted(nn.Module):
+    """Logits adjusted by the shares of the classes."""
+
+    shares: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x) + jnp.log(jnp.asarray(self.shares))[None]
+
+
+@pytest.mark.parametrize(
+    ("head", "field"),
+    [
+        (lambda shares: Adjusted(np.asarray(shares)), "shares"),
+        (lambda shares: Adjusted({"a": [jnp.asarray(shares)]}), r"shares\['a'\]\[0\]"),
+        (lambda shares: nn.Sequential([nn.relu, Adjusted(np.asarray(shares))]), r"layers\[1\].shares"),
+    ],
+    ids=["numpy", "nested", "in a module"],
+)
+def test_a_linen_head_with_an_array_in_a_field_is_refused_by_the_field(net, empty, head, field):
+    with pytest.raises(pae.ArgumentError, match=f"holds an array in its field '{field}'.*Pass a tuple"):
+        pae.pack(net, empty, "a", head=head((0.2, 0.8)), key=jax.random.key(0))
+    for shares in ((0.2, 0.8), [0.2, 0.8]):
+        assert (
+            pae.pack(net, empty, "a", head=Adjusted(shares), key=jax.random.key(0)).tasks["a"].head_spec.shares
+            == shares
+        )
 
 
 @pytest.mark.parametrize(
