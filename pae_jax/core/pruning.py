@@ -188,14 +188,23 @@ class CubicSchedule:
             raise ArgumentError(f"0 <= begin <= end must hold, found begin={self.begin}, end={self.end}")
         check_count("every", self.every, 1)
 
-    def __call__(self, step: int) -> float:
-        """Return the target fraction of free weights after this many steps."""
-        span = self.end - self.begin
+    def __call__(self, step: int | jax.Array) -> Any:
+        """Return the target fraction of free weights after this many steps: a float, of a traced step a float32."""
+        if is_traced(step):
+            with jax.enable_x64(True):
+                since = jnp.asarray(step).astype(jnp.float64) - self.begin
+                left = 1.0 - jnp.clip(since / max(self.end - self.begin, 1), 0.0, 1.0)
+                left = jnp.where(since < self.end - self.begin, left, 0.0)
+                return (self.final + (self.initial - self.final) * left**3).astype(jnp.float32)
+        step, span = getattr(step, "item", lambda: step)(), self.end - self.begin
         progress = min(max((step - self.begin) / span, 0.0), 1.0) if span else float(step >= self.end)
         return self.final + (self.initial - self.final) * (1.0 - progress) ** 3
 
-    def updates_at(self, step: int) -> bool:
-        """Return whether weights are released after this many steps."""
+    def updates_at(self, step: int | jax.Array) -> Any:
+        """Return whether weights are released after this many steps; of a traced step, a bool scalar."""
+        if is_traced(step):
+            due = (step == self.end) | ((step - self.begin) % self.every == 0)
+            return due & (self.begin <= step) & (step <= self.end)
         if not self.begin <= step <= self.end:
             return False
-        return step == self.end or (step - self.begin) % self.every == 0
+        return bool(step == self.end or (step - self.begin) % self.every == 0)

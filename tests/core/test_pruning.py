@@ -254,6 +254,37 @@ def test_a_cubic_schedule_follows_the_formula_of_zhu_and_gupta():
 
 
 @pytest.mark.parametrize(
+    "schedule",
+    [
+        pae.CubicSchedule(final=0.8, initial=0.2, begin=10, end=50, every=7),
+        pae.CubicSchedule(final=0.6, end=9, every=3),
+        pae.CubicSchedule(final=0.7, initial=0.1, begin=20, end=20),
+    ],
+    ids=str,
+)
+def test_a_cubic_schedule_of_a_traced_step_has_the_same_values_as_of_a_number(schedule):
+    steps = jnp.arange(60)
+    found, due = jax.jit(jax.vmap(lambda step: (schedule(step), schedule.updates_at(step))))(steps)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.asarray([schedule(step) for step in range(60)], np.float32))
+    np.testing.assert_array_equal(due, [schedule.updates_at(step) for step in range(60)])
+    assert schedule(steps[15]) == schedule(15) and isinstance(schedule(steps[15]), float)
+
+
+def test_a_cubic_schedule_prunes_inside_jit_by_the_step_of_the_train_state(net, packed, assert_same):
+    schedule = pae.CubicSchedule(final=0.6, end=5, every=1)
+    ts = pae.TrainState.create(net, packed, "a", tx=optax.sgd(0.1))
+    release = jax.jit(
+        lambda ts: jax.lax.cond(schedule.updates_at(ts.step), lambda: ts.prune(schedule(ts.step)), lambda: ts)
+    )
+    for step in range(7):
+        wanted = ts.prune(schedule(step)) if step <= 5 else ts
+        found = release(ts)
+        assert_same(found.commit(net, packed), wanted.commit(net, packed))
+        ts = found.apply_gradients(grads=jax.tree.map(jnp.zeros_like, ts.params))
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"final": 1.5},
