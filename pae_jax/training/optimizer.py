@@ -25,6 +25,16 @@ def transformation(optimizer: Any) -> optax.GradientTransformation:
     return optimizer
 
 
+def require_state_of(optimizer: Any, params: Any, opt_state: Any) -> None:
+    """Raise `ArgumentError` unless a state has the tree of an optimizer's states of these parameters."""
+    wanted = jax.eval_shape(transformation(optimizer).init, params)
+    if jax.tree.structure(opt_state) != jax.tree.structure(wanted):
+        raise ArgumentError(
+            "opt_state is not of the form that tx.init gives these parameters, so tx cannot go on from it. Another "
+            "optimizer starts anew: commit, then TrainState.create(net, state, task, tx=...)"
+        )
+
+
 def holds(opt_state: Any, kind: type) -> bool:
     """Return whether an optimizer's state is, or has in it, a state of a kind."""
     is_kind = lambda node: isinstance(node, kind)  # noqa: E731

@@ -18,7 +18,7 @@ from pae_jax.errors import ArgumentError, ForgettingError
 from pae_jax.nets import Net, Rngs, read_inputs
 from pae_jax.training import gated
 from pae_jax.training import task_arrays as arrays
-from pae_jax.training.optimizer import holds, transformation
+from pae_jax.training.optimizer import holds, require_state_of, transformation
 from pae_jax.training.pickling import picklable
 from pae_jax.training.places import find_all, take
 from pae_jax.training.task_arrays import Params
@@ -132,10 +132,23 @@ class TrainState:
         return _made(net, state, task, tx, key, parts, None)
 
     def replace(self, **changes: Any) -> TrainState:
-        """Return a state with some fields replaced; entries of `params` that the task does not own do not change."""
+        """Return a state with some fields replaced; entries of `params` that the task does not own do not change.
+
+        Raises:
+          StructureError: `params` of another tree or shape; names the leaf.
+          ArgumentError: `key` is no random key, or `opt_state` is not of the form of `tx`.
+        """
         if "params" in changes:
             changes["params"] = arrays.pinned(self, changes["params"])
-        return dataclasses.replace(self, **changes)
+        key = changes.get("key")
+        if key is not None and not (
+            self.task_id.ndim and np.ndim(key) == self.task_id.ndim
+        ):  # in a stack, one for each
+            changes["key"] = check_key(key)
+        after = dataclasses.replace(self, **changes)
+        if changes.keys() & {"tx", "opt_state"} and after.opt_state is not None:
+            require_state_of(after.tx, after.params, after.opt_state)
+        return after
 
     def apply_fn(self, params: Params, x: Tree, train: bool = False, rngs: Rngs = None) -> tuple[Tree, dict[str, Tree]]:
         """Run the task.

@@ -779,6 +779,26 @@ def test_a_train_state_is_a_tree_copies_and_pickles(net, state, assert_same):
     assert repr(ts).startswith("TrainState(step 1, ") and "\n" not in repr(ts)
 
 
+def test_replace_refuses_what_is_no_key_and_an_optimizer_whose_state_is_another(net, state, assert_same):
+    ts = train(pae.TrainState.create(net, state, "new", tx=optax.adam(0.01), key=KEY(3)), 1)
+    for key in (1, jax.random.split(KEY(0)), "key"):
+        with pytest.raises(pae.ArgumentError, match="key must be one random key"):
+            ts.replace(key=key)
+    raw = jax.random.key_data(KEY(7))
+    assert_same(*(jax.random.key_data(ts.replace(key=key).key) for key in (raw, KEY(7))))
+    assert ts.replace(key=None).key is None
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), ts)
+    assert stack.replace(key=jax.random.split(KEY(0)), tx=optax.adam(0.1)).key.shape == (2,)
+    for change in ({"tx": optax.sgd(0.1, momentum=0.9)}, {"tx": optax.adamw(0.1)}, {"opt_state": {"count": 1}}):
+        with pytest.raises(pae.ArgumentError, match=r"opt_state is not of the form.*TrainState.create"):
+            ts.replace(**change)
+    with pytest.raises(pae.ArgumentError, match="an optimizer must be"):
+        ts.replace(tx=0.1)
+    other = optax.sgd(0.1, momentum=0.9)
+    for after in (ts.replace(tx=optax.adam(0.1)), ts.replace(tx=other, opt_state=other.init(ts.params))):
+        assert int(train(after, 1).step) == 2
+
+
 def test_a_step_that_donates_its_state_leaves_what_was_committed_from_it(net, state, bits):
     donating = jax.jit(plain_step, donate_argnums=0)
     ts = donating(pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1)), X[:8], Y[:8])
