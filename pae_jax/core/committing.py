@@ -17,6 +17,14 @@ from pae_jax.nets import Net, plain_variables
 from pae_jax.trees import PARAMS, Tree, flatten, merge, require_match
 
 _SOWN = ("intermediates", "Intermediate")
+_HOW_TO_GATE = ". Put pae.gate(net, state, task) last in the optimizer's chain, or train with pae.TrainState."
+_HOW_TO_RESTORE = (
+    " by a rounding, as in an average. Restore them: own = pae.gate(net, state, task).init(params).open, "
+    "average = jax.tree.map(jnp.where, own, average, params); or average in pae.TrainState. If nothing was averaged, "
+    "put pae.gate last in the optimizer's chain."
+)
+_ROUNDING = 8
+"""Changes of at most so many units in the last place are taken for rounding; 1e-6 of a weight in float32."""
 
 
 def commit(net: Net, state: State, task: str, variables: Any) -> State:
@@ -26,8 +34,8 @@ def commit(net: Net, state: State, task: str, variables: Any) -> State:
       net: the network description the state was made with.
       state: the network that the variables were taken from.
       task: the newest task, not frozen.
-      variables: those of `task_variables`; those of `as_flax`, where unchanged collections may be left out; or the NNX
-        module or its state.
+      variables: those of `task_variables`; those of `as_flax`, where unchanged collections besides "params" may be left
+        out; or the NNX module or its state.
 
     Returns:
       A new state.
@@ -129,13 +137,27 @@ def _copied(leaf: Any) -> jax.Array:
 
 
 def _require_unchanged(task: str, entry: TaskState, shared: Tree, handed: Tree, owner: Tree) -> None:
-    changed = flatten(ownership.changed(shared, handed, owner, ownership.id_array(entry.id)))
+    task_id = ownership.id_array(entry.id)
+    changed = flatten(ownership.changed(shared, handed, owner, task_id))
     for path, (count, foreign) in {path: np.asarray(pair) for path, pair in changed.items()}.items():
         if count:
+            rounded = bool(_largest_change(shared, handed, owner, task_id) <= _ROUNDING)
             raise ForgettingError(
-                f"task {task!r}: {count} of {foreign} weights of '{path}' that it does not own have changed. Put "
-                "pae.gate(net, state, task) last in the optimizer's chain, or train with pae.TrainState."
+                f"task {task!r}: {count} of {foreign} weights of '{path}' that it does not own have changed"
+                f"{_HOW_TO_RESTORE if rounded else _HOW_TO_GATE}"
             )
+
+
+@jax.jit
+def _largest_change(shared: Tree, handed: Tree, owner: Tree, task_id: jax.Array) -> jax.Array:
+    """Return the largest change of a weight of others, in units of its size times the spacing of its dtype at 1."""
+
+    def leaf(w: jax.Array, before: jax.Array, o: jax.Array) -> jax.Array:
+        expected = jnp.where(o == ownership.FREE, jnp.zeros((), w.dtype), before)
+        change = jnp.abs(w - expected) / jnp.abs(expected) / jnp.finfo(w.dtype).eps
+        return jnp.max(jnp.where((o != task_id) & (w != expected), change, 0).astype(jnp.float32), initial=0)
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(leaf, shared, handed, owner))))
 
 
 def _require_finite(task: str, found: Tree, before: Tree) -> None:

@@ -448,6 +448,26 @@ def test_commit_refuses_what_training_without_the_gate_did(net, state):
         pae.commit(net, state, "new", {"params": params, **rest})
 
 
+def test_commit_says_how_to_restore_what_an_average_has_rounded(net, state, unforgotten):
+    params = pae.as_flax(net, state, "new")[1]["params"]
+    moved = jax.tree.map(lambda own, leaf: jnp.where(own, leaf + 0.1, leaf), open_of(net, state, params), params)
+    average = optax.incremental_update(moved, params, 0.1)
+    with pytest.raises(pae.ForgettingError, match=r"by a rounding.*jax.tree.map\(jnp.where, own, average, params\)"):
+        pae.commit(net, state, "new", {"params": average})
+    restored = jax.tree.map(jnp.where, open_of(net, state, params), average, params)
+    after = pae.commit(net, state, "new", {"params": restored})
+    unforgotten(net, state, after)
+    assert (after.tasks["new"].head["params"]["bias"] != state.tasks["new"].head["params"]["bias"]).all()
+    for wrong in (jax.tree.map(lambda leaf: leaf * 1.001, average), jax.tree.map(lambda leaf: leaf + jnp.nan, average)):
+        with pytest.raises(pae.ForgettingError, match=r"have changed. Put pae.gate") as found:
+            pae.commit(net, state, "new", {"params": wrong})
+        assert "rounding" not in str(found.value)
+
+
+def open_of(net, state, params):
+    return pae.gate(net, state, "new").init(params).open
+
+
 def test_a_zero_of_the_other_sign_is_no_change_and_the_state_keeps_its_own(net, state, unforgotten):
     parts = moved_by(net, state)
     for layer, mask in pae.trainable(state, "new").items():
