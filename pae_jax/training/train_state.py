@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
+from flax import serialization, traverse_util
 
 from pae_jax.checks import check_choice, check_fraction, check_key, is_traced
 from pae_jax.core import Of, Picking, Scope, State, committing, find_trainable, integrity, ownership, pruning
@@ -19,7 +19,7 @@ from pae_jax.nets import Net, Rngs, read_inputs
 from pae_jax.training import gated
 from pae_jax.training import task_arrays as arrays
 from pae_jax.training.optimizer import holds, require_state_of, transformation
-from pae_jax.training.pickling import picklable
+from pae_jax.training.pickling import from_state_dict, picklable, to_state_dict
 from pae_jax.training.places import find_all, take
 from pae_jax.training.task_arrays import Params
 from pae_jax.training.variables import (
@@ -284,6 +284,9 @@ class TrainState:
         """Return a state with its own copies of the arrays."""
         del memo
         return jax.tree.map(jnp.copy, self)
+
+
+serialization.register_serialization_state(TrainState, to_state_dict, from_state_dict)
 
 
 def created_like(

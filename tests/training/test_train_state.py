@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 
 import pae_jax as pae
 from pae_jax.trees import flatten
@@ -777,6 +777,19 @@ def test_a_train_state_is_a_tree_copies_and_pickles(net, state, assert_same):
     assert_same(train(again, 1).params, train(ts, 1).params)
     assert_same(again.commit(net, state), ts.commit(net, state))
     assert repr(ts).startswith("TrainState(step 1, ") and "\n" not in repr(ts)
+
+
+def test_flax_writes_a_train_state_to_bytes_and_reads_it_into_one_of_the_same_task(net, state, assert_same):
+    new = lambda tx, **options: pae.TrainState.create(net, state, "new", tx=tx, **options)  # noqa: E731
+    ts = train(new(ADAMW, key=KEY(3)), 2)
+    data = serialization.to_bytes(ts)
+    again = serialization.from_bytes(new(ADAMW, key=KEY(9)), data)
+    assert jax.tree.structure(again) == jax.tree.structure(ts)
+    assert_same(train(again, 2).commit(net, state), train(ts, 2).commit(net, state))
+    assert jax.random.key_impl(again.key) == jax.random.key_impl(ts.key)
+    for other in (new(optax.sgd(0.1, momentum=0.9), key=KEY(3)), new(ADAMW), new(ADAMW, key=KEY(3), parts=("head",))):
+        with pytest.raises(pae.StructureError, match=r"train state, leaf .*created for the same task"):
+            serialization.from_bytes(other, data)
 
 
 def test_replace_refuses_what_is_no_key_and_an_optimizer_whose_state_is_another(net, state, assert_same):
