@@ -16,82 +16,136 @@ from pae_jax.nets.network import Net, Program
 from pae_jax.trees import PARAMS, Tree, path_name
 
 _ASKED = Cache(64)
-_ROWS = 3
+_FEW, _MANY = 4, 32
+_OPERATIONS = 2e9  # of one run of the larger batch
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def require_single_answers(net: Net, head: Any, width: float) -> None:
     """Raise `StructureError` if evaluation draws random numbers or mixes the examples of a batch.
 
-    Backbone and head run with random weights: the first example twice, with different other examples and keys.
+    Backbone and head run with random weights, on batches that have some rows in common. It is a trial, not a proof.
     """
     if net.couples_examples:
         return
-    _ASKED.get((net, width), lambda: _ask(net.source, net.program(width), trial_inputs(net, _ROWS), net.sample))
+    _ASKED.get((net, width), lambda: _ask(net.source, net.program(width), net.sample, net.example))
     if head is not None and not isinstance(head, int):
-        features = jax.tree.map(
-            lambda f: jax.ShapeDtypeStruct((_ROWS, *f.shape[1:]), f.dtype), net.layout(width).features
-        )
-        inputs = tuple(_drawn(features, None, seed) for seed in (0, 1))
+        features = net.layout(width).features
         name = f"head {type(head).__name__}"
-        _ASKED.get((net, width, heads.key_of(head)), lambda: _ask(name, heads.program(head), inputs, features))
+        _ASKED.get((net, width, heads.key_of(head)), lambda: _ask(name, heads.program(head), features, None))
 
 
-def trial_inputs(net: Net, rows: int) -> tuple[Tree, Tree]:
-    """Return two batches that have the first example in common: normal floats; integers as in the sample."""
-    sample = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), net.sample)
-    return _drawn(sample, net.example, 0), _drawn(sample, net.example, 1)
-
-
-def _drawn(shapes: Tree, example: Tree | None, seed: int) -> Tree:
-    first, others = np.random.default_rng(0), np.random.default_rng(seed + 1)
+def trial_inputs(net: Net, rows: int) -> Tree:
+    """Return a batch of normal floats, and of integers as in the sample, permuted in all examples but the first."""
+    rng = np.random.default_rng(1)
 
     def draw(wanted: Any, known: Any) -> np.ndarray:
-        shape, rows = wanted.shape, wanted.shape[0]
-        if jnp.issubdtype(wanted.dtype, jnp.floating):
-            values = np.concatenate([first.normal(size=(1, *shape[1:])), others.normal(size=(rows - 1, *shape[1:]))])
-            return values.astype(wanted.dtype)
-        if known is None:
-            return np.zeros(shape, wanted.dtype)
+        shape = (rows, *wanted.shape[1:])
+        if jnp.issubdtype(wanted.dtype, jnp.inexact) or known is None:
+            return _first(rng, shape, wanted.dtype, None)
         tiled = np.resize(np.asarray(known), shape)
-        tiled[1:] = others.permuted(tiled[1:], axis=-1) if tiled.ndim > 1 else tiled[1:]
+        tiled[1:] = rng.permuted(tiled[1:], axis=-1) if tiled.ndim > 1 else tiled[1:]
         return tiled.astype(wanted.dtype)
 
+    return _mapped(draw, net.sample, net.example)
+
+
+def _batches(sample: Tree, example: Tree | None, rows: int) -> list[Tree]:
+    """Return batches with the same example in the rows asked for: twice among others, among its copies if many."""
+
+    def among_others(seed: int) -> Tree:
+        firsts, others = np.random.default_rng(0), np.random.default_rng(seed)
+
+        def draw(wanted: Any, known: Any) -> np.ndarray:
+            shape = wanted.shape[1:]
+            batch = _others(others, (rows, *shape), wanted.dtype, known)
+            batch[_asked(rows)] = _first(firsts, (1, *shape), wanted.dtype, known)
+            return batch
+
+        return _mapped(draw, sample, example)
+
+    first, second = among_others(1), among_others(2)
+    copies = [jax.tree.map(lambda leaf: np.repeat(leaf[:1], rows, 0), first)] if rows == _MANY else []
+    return [first, second, *copies]
+
+
+def _asked(rows: int) -> list[int]:
+    return [0, rows // 2, rows - 1]
+
+
+def _mapped(draw: Callable[[Any, Any], np.ndarray], sample: Tree, example: Tree | None) -> Tree:
     if example is None:
-        return jax.tree.map(lambda wanted: draw(wanted, None), shapes)
-    return jax.tree.map(draw, shapes, example)
+        return jax.tree.map(lambda wanted: draw(wanted, None), sample)
+    return jax.tree.map(draw, sample, example)
 
 
-def _ask(name: str, program: Program, inputs: tuple[Tree, Tree], sample: Tree) -> bool:
-    answer = _answers(program, sample, inputs[0])
-    alone, same_key, other_key = (answer(x, seed) for x, seed in ((inputs[0], 0), (inputs[1], 0), (inputs[0], 1)))
-    if _differs(alone, other_key):
+def _first(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, known: Any) -> np.ndarray:
+    """Draw floats; take integers from the first example of the sample, 0 if it has no values."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return rng.normal(size=shape).astype(dtype)
+    return np.zeros(shape, dtype) if known is None else np.asarray(known)[:1].astype(dtype)
+
+
+def _others(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, known: Any) -> np.ndarray:
+    """Draw floats; draw integers from the range of the sample and from 0 and 1, no others: they may be token ids."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return _first(rng, shape, dtype, None)
+    values = np.zeros(1, dtype) if known is None or not np.size(known) else np.asarray(known).astype(dtype)
+    low, high = int(values.min()), int(values.max())
+    beyond = [number for number in (0, 1) if not low <= number <= high]
+    wide = np.uint64 if high > np.iinfo(np.int64).max else np.int64
+    drawn = rng.integers(low, high, shape, dtype=wide, endpoint=True)
+    if beyond:
+        chosen = rng.random(shape) * (high - low + 1 + len(beyond)) < len(beyond)
+        drawn = np.where(chosen, rng.choice(np.asarray(beyond, wide), shape), drawn)
+    return drawn.astype(dtype)
+
+
+def _ask(name: str, program: Program, sample: Tree, example: Tree | None) -> bool:
+    answer, rows = _answers(program, sample)
+    first, *others = _batches(sample, example, rows)
+    alone = answer(first, 0)
+    # The key is changed along with the others; what made a difference is asked only after one was seen.
+    if not any(_differs(alone, answer(batch, 1)) for batch in others):
+        return True
+    if _differs(alone, answer(first, 1)):
         hint = "Draw in training alone; or, with Linen, name the stream: pae.linen(..., rngs=) draws from a fixed key."
         raise StructureError(
             name, "", "an answer that depends on random numbers in evaluation", "one that does not", hint
         )
-    if _differs(alone, same_key):
-        hint = (
-            "A norm that takes the statistics of the batch in evaluation is the usual cause. To accept it, describe "
-            "the net with couples_examples=True: its answers then hold for one composition of the batch."
-        )
-        found = "an answer that depends on the other examples of the batch"
-        raise StructureError(name, "", found, "one that does not, in evaluation", hint)
-    return True
+    hint = (
+        "A norm that takes the statistics of the batch in evaluation is the usual cause. To accept it, describe "
+        "the net with couples_examples=True: its answers then hold for one composition of the batch."
+    )
+    found = "an answer that depends on the other examples of the batch"
+    raise StructureError(name, "", found, "one that does not, in evaluation", hint)
 
 
-def _answers(program: Program, sample: Tree, inputs: Tree) -> Callable[[Tree, int], list[np.ndarray]]:
-    """Return `(x, seed) -> outputs of the first example`, at random weights without zeros that hide an influence."""
+def _answers(program: Program, sample: Tree) -> tuple[Callable[[Tree, int], list[np.ndarray]], int]:
+    """Return `(x, seed) -> outputs of the rows asked for`, and the number of rows of x; a costly model gets few.
 
-    def run(variables: Tree, x: Tree, seed: np.ndarray) -> Tree:
-        out, _ = program.apply(variables, x, False, jax.random.key(seed))
-        return jax.tree.map(lambda leaf: leaf[0], out)
-
+    The random weights are without zeros that hide an influence.
+    """
     shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
     variables = jax.tree_util.tree_map_with_path(_weights, shapes)
+
+    def lowered(rows: int) -> Any:
+        def run(variables: Tree, x: Tree, seed: np.ndarray) -> Tree:
+            out, _ = program.apply(variables, x, False, jax.random.key(seed))
+            return jax.tree.map(lambda leaf: leaf[np.asarray(_asked(rows))], out)
+
+        x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), sample)
+        return jax.jit(run).lower(variables, x, np.uint32(0))
+
+    rows, trial = _FEW, lowered(_FEW)
+    operations = (trial.cost_analysis() or {}).get("flops", np.inf)
+    if operations * _MANY / _FEW <= _OPERATIONS:
+        rows, trial = _MANY, lowered(_MANY)
     # Compiled and called explicitly, on host arrays, so that `pack` itself may be traced.
-    compiled = jax.jit(run).lower(variables, inputs, np.uint32(0)).compile(compiler_options=_QUICK)
-    return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(variables, x, np.uint32(seed)))]
+    compiled = trial.compile(compiler_options=_QUICK)
+    return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(variables, x, np.uint32(seed)))], rows
 
 
 def _weights(path: Any, leaf: Any) -> np.ndarray:
@@ -109,7 +163,9 @@ def _weights(path: Any, leaf: Any) -> np.ndarray:
 def _differs(found: list[np.ndarray], other: list[np.ndarray]) -> bool:
     def apart(a: np.ndarray, b: np.ndarray) -> bool:
         a, b = np.asarray(a, np.complex128), np.asarray(b, np.complex128)
-        known = np.isfinite(a) & np.isfinite(b)
+        known = np.isfinite(a)
+        if (known != np.isfinite(b)).any():
+            return True
         scale = np.max(np.abs(a[known]), initial=0.0)
         return bool(np.max(np.abs(a - b)[known], initial=0.0) > 1e-4 * scale)
 
