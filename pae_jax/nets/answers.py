@@ -12,7 +12,8 @@ import numpy as np
 from pae_jax.caching import Cache
 from pae_jax.errors import StructureError
 from pae_jax.nets import heads
-from pae_jax.nets.network import Net, Program
+from pae_jax.nets.network import Net, Program, batch_size
+from pae_jax.nets.retracing import same_trace
 from pae_jax.trees import PARAMS, Tree, path_name
 
 _ASKED = Cache(64)
@@ -25,14 +26,14 @@ def require_single_answers(net: Net, head: Any, width: float) -> None:
     """Raise `StructureError` if evaluation draws random numbers or mixes the examples of a batch.
 
     Backbone and head run with random weights, on batches that have some rows in common. It is a trial, not a proof.
+    Random numbers of NumPy, drawn when a model is traced, are seen by tracing it twice.
     """
-    if net.couples_examples:
-        return
-    _ASKED.get((net, width), lambda: _ask(net.source, net.program(width), net.sample, net.example))
+    trial = _trace_twice if net.couples_examples else _ask
+    _ASKED.get((net, width), lambda: trial(net.source, net.program(width), net.sample, net.example))
     if head is not None and not isinstance(head, int):
         features = net.layout(width).features
         name = f"head {type(head).__name__}"
-        _ASKED.get((net, width, heads.key_of(head)), lambda: _ask(name, heads.program(head), features, None))
+        _ASKED.get((net, width, heads.key_of(head)), lambda: trial(name, heads.program(head), features, None))
 
 
 def trial_inputs(net: Net, rows: int) -> Tree:
@@ -103,8 +104,16 @@ def _others(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, known:
     return drawn.astype(dtype)
 
 
+def _trace_twice(name: str, program: Program, sample: Tree, example: Tree | None) -> bool:
+    del example
+    rows = list(range(batch_size(sample)))
+    variables = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
+    _same_each_time(name, lambda: _traced(program, variables, sample, rows))
+    return True
+
+
 def _ask(name: str, program: Program, sample: Tree, example: Tree | None) -> bool:
-    answer, rows = _answers(program, sample)
+    answer, rows = _answers(name, program, sample)
     first, *others = _batches(sample, example, rows)
     alone = answer(first, 0)
     # The key is changed along with the others; what made a difference is asked only after one was seen.
@@ -123,7 +132,7 @@ def _ask(name: str, program: Program, sample: Tree, example: Tree | None) -> boo
     raise StructureError(name, "", found, "one that does not, in evaluation", hint)
 
 
-def _answers(program: Program, sample: Tree) -> tuple[Callable[[Tree, int], list[np.ndarray]], int]:
+def _answers(name: str, program: Program, sample: Tree) -> tuple[Callable[[Tree, int], list[np.ndarray]], int]:
     """Return `(x, seed) -> outputs of the rows asked for`, and the number of rows of x; a costly model gets few.
 
     The random weights are without zeros that hide an influence.
@@ -131,21 +140,40 @@ def _answers(program: Program, sample: Tree) -> tuple[Callable[[Tree, int], list
     shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
     variables = jax.tree_util.tree_map_with_path(_weights, shapes)
 
-    def lowered(rows: int) -> Any:
-        def run(variables: Tree, x: Tree, seed: np.ndarray) -> Tree:
-            out, _ = program.apply(variables, x, False, jax.random.key(seed))
-            return jax.tree.map(lambda leaf: leaf[np.asarray(_asked(rows))], out)
-
+    def traced(rows: int) -> Any:
         x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), sample)
-        return jax.jit(run).lower(variables, x, np.uint32(0))
+        return _traced(program, variables, x, _asked(rows))
 
-    rows, trial = _FEW, lowered(_FEW)
+    rows, trial = _FEW, _same_each_time(name, lambda: traced(_FEW)).lower()
     operations = (trial.cost_analysis() or {}).get("flops", np.inf)
     if operations * _MANY / _FEW <= _OPERATIONS:
-        rows, trial = _MANY, lowered(_MANY)
+        rows, trial = _MANY, traced(_MANY).lower()
     # Compiled and called explicitly, on host arrays, so that `pack` itself may be traced.
     compiled = trial.compile(compiler_options=_QUICK)
     return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(variables, x, np.uint32(seed)))], rows
+
+
+def _traced(program: Program, variables: Tree, x: Tree, rows: list[int]) -> Any:
+    """Trace `(variables, x, seed) -> outputs of some rows` in evaluation."""
+
+    def run(variables: Tree, x: Tree, seed: np.ndarray) -> Tree:
+        out, _ = program.apply(variables, x, False, jax.random.key(seed))
+        return jax.tree.map(lambda leaf: leaf[np.asarray(rows)], out)
+
+    return jax.jit(run).trace(variables, x, np.uint32(0))
+
+
+def _same_each_time(name: str, trace: Callable[[], Any]) -> Any:
+    """Return a trace of a program; raise `StructureError` if the next one differs."""
+    first, second = trace(), trace()
+    # Names of mapped axes may be found in the first trace, which then has the operations up to there twice.
+    if same_trace(first.jaxpr, second.jaxpr) or same_trace(second.jaxpr, trace().jaxpr):
+        return second
+    hint = (
+        "Random numbers of NumPy or Python are drawn anew in every compilation, which would change the answers of "
+        "frozen tasks: draw them from a fixed seed, or keep them in a parameter or variable of the model."
+    )
+    raise StructureError(name, "", "a constant that changes from trace to trace", "the same one in every trace", hint)
 
 
 def _weights(path: Any, leaf: Any) -> np.ndarray:

@@ -1,10 +1,14 @@
 """A model whose answer for an example depends on the other examples, or on random numbers, is refused at pack."""
 
+import itertools
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import pae_jax as pae
 from pae_jax.nets import answers
@@ -103,3 +107,60 @@ def test_drawn_integers_are_in_the_range_of_the_sample_or_0_or_1(known, values):
     drawn = answers._others(np.random.default_rng(0), (40, 9), known.dtype, known)
     assert drawn.dtype == known.dtype
     assert set(drawn.ravel().tolist()) == values
+
+
+class RandomFeatures(nn.Module):
+    seed: int | None = None
+
+    def setup(self):
+        self.matrix = np.random.default_rng(self.seed).normal(size=(8, 6)).astype(np.float32)
+        self.dense = nn.Dense(6)
+
+    def __call__(self, x):
+        return self.dense(jnp.cos(x @ self.matrix))
+
+
+class NnxScaled(nnx.Module):
+    def __init__(self, width, rngs):
+        self.dense = nnx.Linear(8, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return random.random() * self.dense(x)
+
+
+TURN = itertools.count()
+
+
+def shifted_otherwise(self, x):
+    return nn.Dense(6)(jnp.roll(x, next(TURN), axis=1))
+
+
+CHANGING = {
+    "Linen": lambda **o: pae.linen(lambda width: RandomFeatures(), VECTOR, **o),
+    "NNX": lambda **o: pae.nnx(NnxScaled, VECTOR, **o),
+}
+CHANGES = "a constant that changes from trace to trace.*fixed seed"
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("name", CHANGING)
+def test_random_numbers_drawn_when_a_model_is_traced_are_refused(name, coupled):
+    net = CHANGING[name](couples_examples=coupled)
+    with pytest.raises(pae.StructureError, match=CHANGES):
+        pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+
+
+def test_changing_settings_of_an_operation_are_refused_too():
+    with pytest.raises(pae.StructureError, match=CHANGES):
+        packed(shifted_otherwise, VECTOR)
+
+
+def test_random_numbers_drawn_in_a_head_are_refused():
+    net = pae.linen(lambda width: nn.Dense(8), VECTOR)
+    with pytest.raises(pae.StructureError, match=f"head RandomFeatures.*{CHANGES}"):
+        pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=RandomFeatures(), key=jax.random.key(1))
+
+
+def test_random_numbers_from_a_fixed_seed_are_accepted():
+    net = pae.linen(lambda width: RandomFeatures(seed=3), VECTOR)
+    pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
