@@ -43,12 +43,14 @@ def called(module: Any, call: Callable[[Any, Any, bool], Any] | None, x: Any, tr
 def bound(call: Callable[[], Any], axes: list[str]) -> Any:
     """Call a module; mapped axes that it uses by name, as in `BatchNorm(axis_name=)`, are bound to size 1.
 
-    Their names are recorded in `axes`, so that later calls bind them directly.
+    An axis that the caller maps over is left as it is. The names are recorded in `axes`, so that later calls bind them
+    directly.
     """
     while True:
         mapped = call
         for name in axes:
-            mapped = lambda inner=mapped, name=name: _of_size_one(inner, name)  # noqa: E731
+            if not _is_mapped(name):
+                mapped = lambda inner=mapped, name=name: _of_size_one(inner, name)  # noqa: E731
         try:
             return mapped()
         except NameError as error:
@@ -56,6 +58,14 @@ def bound(call: Callable[[], Any], axes: list[str]) -> Any:
             if asked is None or asked[1] in axes:
                 raise
             axes.append(asked[1])
+
+
+def _is_mapped(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def _of_size_one(call: Callable[[], Any], name: str) -> Any:
