@@ -13,7 +13,7 @@ from flax.core import DenyList, meta, unfreeze
 
 from pae_jax.errors import StructureError
 from pae_jax.nets import network
-from pae_jax.nets.modes import bound, mode_arguments
+from pae_jax.nets.modes import bound, mode_arguments, require_moved, require_one_input
 from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
 from pae_jax.trees import PARAMS, Tree
 
@@ -66,7 +66,10 @@ def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] 
                 every[PARAMS] = every[DROPOUT]
             run = lambda: module.apply(variables, *positional, **named, rngs=every, mutable=mutable)  # noqa: E731
             out, updates = bound(run, axes)
-            return out, meta.unbox(unfreeze(updates))
+            updates = meta.unbox(unfreeze(updates))
+            if call is None:
+                require_moved(module, variables, updates)
+            return out, updates
         try:
             run = lambda: module.apply(variables, *positional, **named, rngs=evaluation_rngs)  # noqa: E731
             return bound(run, axes), {}
@@ -113,8 +116,11 @@ def linen(
 ) -> Net:
     """Describe a Flax Linen backbone.
 
-    The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its
-    arguments `train`, `training`, `is_training`, `deterministic` and `use_running_average` are set automatically.
+    The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its arguments
+    for the mode are set automatically. True in training: `train`, `training`, `is_training`, `is_train`, `train_mode`,
+    `training_mode`, `enable_dropout`, `use_dropout`, `update_stats`, `update_batch_stats`. True in evaluation:
+    `deterministic`, `use_running_average`, `use_running_stats`, `inference`, `is_inference`, `inference_mode`, `eval`,
+    `is_eval`, `eval_mode`, `evaluation`, `test`, `is_test`, `test_mode`, `testing`. `call` sets any other.
 
     Args:
       build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for
@@ -134,7 +140,8 @@ def linen(
       The network description that every other function takes.
 
     Raises:
-      StructureError: the sample has no batch axis. What `build` returns is checked at `init`.
+      StructureError: the sample has no batch axis. What `build` returns is checked at `init`; training raises it if
+        running statistics stay as they are and a flag of the call that is not set may be the mode.
       ArgumentError: `free_axes` names an input or axis that the sample does not have.
 
     Example:
@@ -150,6 +157,8 @@ def linen(
 
     def program_of(width: float) -> Program:
         module = network.require_module(build(width), nn.Module, source, _HINT)
+        if call is None:
+            require_one_input(module, abstract)
         return program(module, call, streams)
 
     axes = network.read_free_axes(abstract, free_axes)

@@ -9,8 +9,18 @@ from typing import Any
 
 import jax
 
-TRAIN = ("train", "training", "is_training")
-EVALUATE = ("deterministic", "use_running_average")
+from pae_jax.errors import StructureError
+from pae_jax.trees import Tree
+
+TRAIN = (
+    "train", "training", "is_training", "is_train", "train_mode", "training_mode", "enable_dropout", "use_dropout",
+    "update_stats", "update_batch_stats",
+)  # fmt: skip
+EVALUATE = (
+    "deterministic", "use_running_average", "use_running_stats", "inference", "is_inference", "inference_mode", "eval",
+    "is_eval", "eval_mode", "evaluation", "test", "is_test", "test_mode", "testing",
+)  # fmt: skip
+_STATISTICS = "batch_stats"
 
 
 def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
@@ -19,17 +29,56 @@ def mode_arguments(model: Any, train: bool) -> tuple[tuple[bool, ...], dict[str,
     A module may have several. Those that come right after x are given by position, which `nn.remat` with static
     arguments needs.
     """
-    parameters = list(inspect.signature(type(model).__call__).parameters.values())[1:]
     after: list[bool] = []
     named: dict[str, bool] = {}
-    for index, parameter in enumerate(parameters):
-        if parameter.name in TRAIN + EVALUATE:
+    for index, parameter in enumerate(_parameters(model)):
+        if _is_mode(parameter):
             value = train if parameter.name in TRAIN else not train
             if index == len(after) + 1 and parameter.kind is not parameter.KEYWORD_ONLY:
                 after.append(value)
             else:
                 named[parameter.name] = value
     return tuple(after), named
+
+
+def _parameters(model: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(type(model).__call__).parameters.values())[1:]
+
+
+def _is_mode(parameter: inspect.Parameter) -> bool:
+    default = parameter.default
+    return parameter.name in TRAIN + EVALUATE and (
+        default is parameter.empty or default is None or isinstance(default, (bool, int))
+    )
+
+
+def require_one_input(model: Any, sample: Tree) -> None:
+    """Raise `StructureError` if a call needs more than x and its mode."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in _parameters(model)[1:] if p.default is p.empty and p.kind not in several and not _is_mode(p)]
+    if not needed:
+        return
+    names = ", ".join(p.name for p in needed)
+    parts = "*x" if isinstance(sample, (tuple, list)) else "**x" if isinstance(sample, dict) else f"x, {names}"
+    mode = next((f", {p.name}={'' if p.name in TRAIN else 'not '}train" for p in _parameters(model) if _is_mode(p)), "")
+    hint = f"Say how it is called, for instance call=lambda module, x, train: module({parts}{mode})."
+    raise StructureError(type(model).__name__, "", f"a call that also needs {names}", "a call with x alone", hint)
+
+
+def require_moved(model: Any, before: dict[str, Tree], after: dict[str, Tree]) -> None:
+    """Raise `StructureError` if training left statistics alone and an unknown flag of the call may be its mode."""
+    old, new = (jax.tree.leaves(tree.get(_STATISTICS)) for tree in (before, after))
+    if not old or len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
+        return
+    flags = [p.name for p in _parameters(model)[1:] if isinstance(p.default, bool) and not _is_mode(p)]
+    if flags:
+        found = f"{_STATISTICS} that training does not change, and the argument {flags[0]!r}, which is not set"
+        hint = (
+            f"If it is the mode, pass call=lambda module, x, train: module(x, {flags[0]}=train), or `not train`; if "
+            "the statistics are to stay, pass call=lambda module, x, train: module(x)."
+        )
+        wanted = f"running statistics that move, or a mode by a common name, such as {TRAIN[0]!r} or {EVALUATE[0]!r}"
+        raise StructureError(type(model).__name__, "", found, wanted, hint)
 
 
 def called(module: Any, call: Callable[[Any, Any, bool], Any] | None, x: Any, train: bool) -> Any:

@@ -14,7 +14,7 @@ from flax import traverse_util
 from pae_jax.checks import is_traced
 from pae_jax.errors import ArgumentError
 from pae_jax.nets import network
-from pae_jax.nets.modes import bound, called
+from pae_jax.nets.modes import bound, called, require_moved, require_one_input
 from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
 from pae_jax.trees import PARAMS, Tree
 
@@ -56,6 +56,8 @@ def program(make: Callable[[jax.Array], fnnx.Module], call: Callable[[Any, Tree,
             module.train() if train else module.eval()
             out = called(module, call, x, train)
             updates = variables_of(module) if train else {}
+            if train and call is None:
+                require_moved(module, variables, updates)
             return out, {name: tree for name, tree in updates.items() if name != PARAMS}
 
         return bound(run, axes)
@@ -129,7 +131,7 @@ def nnx(
     """Describe a Flax NNX backbone.
 
     The model needs no changes for packing: it is any module called as `module(x)` that returns features. Its mode is
-    set by `.train()` and `.eval()`, and by arguments such as `train` if it has any. `nnx.Param` variables become
+    set by `.train()` and `.eval()`, and by its arguments named as for `pae.linen`. `nnx.Param` variables become
     `params`, `nnx.BatchStat` variables `batch_stats`.
 
     Args:
@@ -171,7 +173,10 @@ def nnx(
             model = build(width, rngs=fnnx.Rngs(key))
             return network.require_module(model, fnnx.Module, source, _HINT)
 
-        return program(make, call)
+        made = program(make, call)
+        if call is None:
+            require_one_input(made.module, abstract)
+        return made
 
     axes = network.read_free_axes(abstract, free_axes)
     return Net(program_of, abstract, example, packable, axes, source, "nnx", (), couples_examples)
