@@ -103,13 +103,13 @@ def check_name(name: Any) -> str:
     return name
 
 
-def check_key(key: Any) -> jax.Array:
+def check_key(key: Any, name: str = "key") -> jax.Array:
     """Return a typed random key; raw uint32 keys are accepted."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
         return key
     if hasattr(key, "dtype") and key.dtype == jnp.uint32 and np.ndim(key) == 1:
         return jax.random.wrap_key_data(jnp.asarray(key))
-    raise ArgumentError(f"key must be one random key such as jax.random.key(0), found {describe(key)}")
+    raise ArgumentError(f"{name} must be one random key such as jax.random.key(0), found {describe(key)}")
 
 
 def is_traced(tree: Any) -> bool:

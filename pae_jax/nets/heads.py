@@ -87,6 +87,7 @@ def layout(net: Net, head: Any, width: float) -> tuple[Any, Any]:
 
     def make() -> tuple[Any, Any]:
         features = net.layout(width).features
+        _require_linear(head, features)
         parts = program(head)
         try:
             variables = jax.eval_shape(lambda: parts.init(jax.random.key(0), zeros(features)))
@@ -101,6 +102,16 @@ def layout(net: Net, head: Any, width: float) -> tuple[Any, Any]:
         return variables, output
 
     return _LAYOUTS.get((net, width, key_of(head)), make)
+
+
+def _require_linear(head: Any, features: Any) -> None:
+    """Raise `StructureError` if a head is a number of classes and a linear layer does not take the features."""
+    if not isinstance(head, int):
+        return
+    if not hasattr(features, "shape") or features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
+        wanted = "real floating features (batch, ..., n), which a head of classes needs"
+        hint = "Return such features, for instance the absolute value of complex ones, or pass a Flax module as head."
+        raise StructureError("head", "", f"{head} classes on features {sketch(features)}", wanted, hint)
 
 
 def initial(net: Net, head: Any, key: jax.Array, width: float) -> Tree:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import DenyList, meta, unfreeze
 
-from pae_jax.errors import StructureError
+from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.nets import network
 from pae_jax.nets.modes import bound, mode_arguments, require_moved, require_one_input
 from pae_jax.nets.network import Net, Program, Rngs, kernels_and_embeddings
@@ -65,7 +65,10 @@ def program(module: nn.Module, call: Call | None = None, streams: Sequence[str] 
             if every and not isinstance(rngs, Mapping):
                 every[PARAMS] = every[DROPOUT]
             run = lambda: module.apply(variables, *positional, **named, rngs=every, mutable=mutable)  # noqa: E731
-            out, updates = bound(run, axes)
+            try:
+                out, updates = bound(run, axes)
+            except flax_errors.InvalidRngError as error:
+                raise _no_key(module, rngs, error) from error
             updates = meta.unbox(unfreeze(updates))
             if call is None:
                 require_moved(module, variables, updates)
@@ -102,6 +105,18 @@ def _unnamed_stream(module: nn.Module, error: Exception) -> StructureError:
         "alone."
     )
     return StructureError(type(module).__name__, "", found, "the same answer at every call", hint)
+
+
+def _no_key(module: nn.Module, rngs: Rngs, error: Exception) -> ArgumentError:
+    name = type(module).__name__
+    if not isinstance(rngs, Mapping):
+        return ArgumentError(
+            f"{name} draws random numbers in training and got none: pass rngs=, or a key to TrainState.create"
+        )
+    return ArgumentError(
+        f"{name} draws random numbers in training from a stream that rngs= does not have, which has "
+        f"{', '.join(map(repr, rngs)) or 'none'} ({str(error).splitlines()[0]}). Name it, or pass one key for all."
+    )
 
 
 def linen(

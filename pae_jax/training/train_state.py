@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -168,8 +168,11 @@ class TrainState:
         Raises:
           StructureError: parameters or inputs of another tree, shape or kind of dtype; names the leaf.
           DataError: a masked array.
+          ArgumentError: `rngs` is neither a key nor `{stream: key}`, or the model draws random numbers and got none.
         """
         x = read_inputs(self.net, x, values=False)
+        if rngs is not None and not isinstance(rngs, Mapping):
+            rngs = check_key(rngs, "rngs")
         if rngs is None and train and self.key is not None:
             rngs = jax.random.fold_in(self.key, self.step)
         first, second = jax.random.split(rngs) if isinstance(rngs, jax.Array) else (rngs, rngs)

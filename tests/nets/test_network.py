@@ -1,11 +1,13 @@
 """Net: widths, layouts, and what is computed once."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import pae_jax as pae
@@ -120,3 +122,26 @@ def test_two_heads_of_one_nnx_class_may_differ_in_the_shape_of_a_parameter_alone
     state = pae.freeze(pae.prune(state, "a", 0.5), "a")
     state = pae.pack(net, state, "b", head=Head(3), key=jax.random.key(1))
     assert [pae.predict(net, state, name, data[0]).shape for name in "ab"] == [(40, 2), (40, 3)]
+
+
+FEATURES = {
+    "complex64": lambda h: jnp.fft.rfft(h),
+    "int32": lambda h: h.argmax(-1, keepdims=True),
+    "float32[1]": lambda h: h.sum(-1),
+    "tuple of 2": lambda h: (h, h),
+}
+
+
+@pytest.mark.parametrize("found", FEATURES)
+def test_a_number_of_classes_needs_real_floating_features(found):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return FEATURES[found](nn.Dense(6)(x))
+
+    net = pae.linen(lambda width: Model(), jnp.zeros((1, 4)))
+    state = pae.init(net, jax.random.key(0))
+    with pytest.raises(
+        pae.StructureError, match=rf"head: found 2 classes on features .*{re.escape(found)}.*real float"
+    ):
+        pae.pack(net, state, "a", head=2, key=jax.random.key(1))

@@ -893,3 +893,25 @@ def test_scores_of_picks_that_are_not_finite_are_not_committed(net, picked):
     ts = ts.replace(params={**ts.params, "pick": jax.tree.map(lambda leaf: leaf * jnp.nan, ts.params["pick"])})
     with pytest.raises(pae.StructureError, match=r"leaf 'pick/.*NaN or infinity"):
         ts.commit(net, picked)
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(6)(x))
+
+
+def test_a_model_that_draws_in_training_needs_a_key_of_the_right_stream():
+    net, x = pae.linen(lambda width: Dropping(), jnp.zeros((1, 4))), jnp.ones((2, 4))
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+    ts, key = pae.TrainState.create(net, state, "a", tx=optax.sgd(0.1)), jax.random.key(2)
+    for rngs, message in (
+        (None, r"Dropping draws random numbers in training and got none: pass rngs=, or a key to TrainState.create"),
+        ({"drop": key}, r"Dropping draws .* a stream that rngs= does not have, which has 'drop' .*\"dropout\""),
+        (0, "rngs must be one random key"),
+        ([key, key], "rngs must be one random key"),
+    ):
+        with pytest.raises(pae.ArgumentError, match=message):
+            ts.apply_fn(ts.params, x, train=True, rngs=rngs)
+    for rngs in (key, jax.random.PRNGKey(2), {"dropout": key}):
+        ts.apply_fn(ts.params, x, train=True, rngs=rngs)
