@@ -137,7 +137,8 @@ def pack(
         the older weights that it sees and its own local variables, up to rounding. Claimed weights without a path to
         the features are drawn, so that a freed or new channel is active. The others, such as that channel's outgoing
         weights, are 0. Where older weights read a channel that no older weight feeds, they are 2^-24 of the drawn
-        values instead, because a rectifier has no gradient at exactly 0. If no input reaches the features through older
+        values instead, because a rectifier has no gradient at exactly 0; not in a layer where that changes the features
+        of trial inputs by more than rounding, as in one with a step. If no input reaches the features through older
         weights, all are drawn. "zeros": freed weights stay 0, and weights added by `expand` keep their drawn values
         (PAE); a leaf that is entirely free and 0 is drawn. "fresh": freed weights are drawn as the model draws them.
       budget: share in (0, 1] of all shared weights that the task may own: `round(budget * weights)` of them, or all
@@ -193,11 +194,11 @@ def pack(
     require_single_answers(net, head, state.width)
     local_key, head_key, weight_key = jax.random.split(check_key(key), 3)
     owner = claiming.claimed(state.owner, task_id, budget, budget_scores, weight_key)
-    shared = starting_weights(net, state, weight_key, weight_init, sharing)
+    local = placement.beside(_starting_local(net, state, local_key, local_init), state)
+    shared = starting_weights(net, state, weight_key, weight_init, sharing, local)
     if budget is not None:
         shared = claiming.kept_free(state.shared, shared, owner)
     rule = (picking or Picking()) if sharing == "picked" else None
-    local = placement.beside(_starting_local(net, state, local_key, local_init), state)
     variables = placement.beside(heads.initial(net, head, head_key, state.width), state)
     picks = rule is not None and (rule.own or bool(state.tasks))
     pick = rule.scores(shared, jax.random.fold_in(weight_key, 1)) if rule is not None and picks else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +12,31 @@ import numpy as np
 
 from pae_jax.caching import Cache
 from pae_jax.checks import is_traced
-from pae_jax.core import ownership
+from pae_jax.core import ownership, placement
 from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net, features_function, input_sizes
-from pae_jax.trees import PARAMS, Tree, flatten, merge
-from pae_jax.widening import find_influence, trace
+from pae_jax.nets import Net, apply_backbone, batch_size, features_function, input_sizes, traces, trial_inputs
+from pae_jax.trees import PARAMS, Tree, abstract, flatten, merge
+from pae_jax.widening import find_influence, tables, trace
 
 WeightInit = Literal["preserve", "zeros", "fresh"]
 WEIGHT_INITS: tuple[str, ...] = get_args(WeightInit)
 _TRACES = Cache(8)
 _SPARK = 2.0**-24
 """Scale of the weights into a channel that no older weight feeds but older weights read: a rounding error of what it
-computes. At exactly 0 a rectifier has no gradient, and the channel would never learn."""
+computes. At exactly 0 a rectifier has no gradient, and the channel would never learn. A step, or a norm of numbers that
+are all 0, makes more of it than a rounding error; where the features show that, these weights are 0."""
+_ALIKE = 1e-4
+"""Largest difference of features, relative to the largest of them, that counts as rounding: norms enlarge it."""
+_ROWS = (8, 64)
+"""Fewest and most trial examples: a larger one has fewer."""
+_NUMBERS = 2**20
 
 
-def starting_weights(net: Net, state: State, key: jax.Array, weight_init: WeightInit, sharing: str) -> Tree:
+def starting_weights(
+    net: Net, state: State, key: jax.Array, weight_init: WeightInit, sharing: str, local: Tree
+) -> Tree:
     """Return the shared weights with the initial values of the free ones, as described in `pae.pack`.
 
     Args:
@@ -36,9 +45,10 @@ def starting_weights(net: Net, state: State, key: jax.Array, weight_init: Weight
       key: random key for drawn values.
       weight_init: "preserve", "zeros" or "fresh".
       sharing: which older weights the new task sees.
+      local: the new task's local variables.
     """
     if weight_init == "preserve" and state.tasks:
-        return _preserved(net, state, key, sharing)
+        return _preserved(net, state, key, sharing, local)
     fresh = weight_init == "fresh"
     restart = _empty_leaves(state.shared, state.owner)
     if not is_traced(restart):
@@ -48,8 +58,8 @@ def starting_weights(net: Net, state: State, key: jax.Array, weight_init: Weight
     return _redraw(state.shared, state.owner, net.initial(key, state.width)[0], restart | fresh)
 
 
-def _preserved(net: Net, state: State, key: jax.Array, sharing: str) -> Tree:
-    """Draw the free weights that cannot change the features, and set all others to 0."""
+def _preserved(net: Net, state: State, key: jax.Array, sharing: str, local: Tree) -> Tree:
+    """Draw the free weights that cannot change the features, and set all others to 0, or next to it."""
     if is_traced(state):
         raise ArgumentError(
             "weight_init='preserve' looks at values, which a traced function does not have; call pack outside jit, or "
@@ -72,7 +82,12 @@ def _preserved(net: Net, state: State, key: jax.Array, sharing: str) -> Tree:
     if not alive:  # the older weights compute a constant, so there is no function to preserve
         return _redraw(state.shared, state.owner, drawn, jnp.ones(len(paths), bool))
     harmless = jax.tree.unflatten(jax.tree.structure(state.shared), [~marks[path] for path in paths])
-    return _draw_harmless(state.shared, state.owner, drawn, harmless, nonzero)
+    start, sparks = _draw_harmless(state.shared, state.owner, drawn, harmless, nonzero)
+    shown = jax.tree.map(lambda mask, owner: mask | (owner == ownership.FREE), seen, state.owner)
+    read = tables(programs[0].body)
+    empty = [np.flatnonzero(~mask.any(axis=1)) for mask in paths.values() if mask.ndim == 2 and mask.shape in read]
+    chosen = _harmless_sparks(net, state.width, (start, sparks, shown, local), [rows for rows in empty if rows.size])
+    return _with_sparks(start, sparks, chosen, 1.0)
 
 
 def _at_any_size(marks: Sequence[np.ndarray]) -> np.ndarray:
@@ -90,14 +105,104 @@ def _at_any_size(marks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @jax.jit
-def _draw_harmless(shared: Tree, owner: Tree, drawn: Tree, harmless: Tree, nonzero: Tree) -> Tree:
-    def leaf(w: jax.Array, o: jax.Array, new: jax.Array, allowed: jax.Array, seen: jax.Array) -> jax.Array:
-        start = jnp.where(w == 0, new, w)
-        unfed = ~seen.any(axis=tuple(range(seen.ndim - 1)), keepdims=True)
-        start = jnp.where(allowed, start, jnp.where(unfed, start * _SPARK, jnp.zeros((), w.dtype)))
-        return jnp.where(o == ownership.FREE, start.astype(w.dtype), w)
+def _draw_harmless(shared: Tree, owner: Tree, drawn: Tree, harmless: Tree, nonzero: Tree) -> tuple[Tree, Tree]:
+    """Return the weights, and the small ones that may take the place of some of their zeros."""
 
-    return jax.tree.map(leaf, shared, owner, drawn, harmless, nonzero)
+    def leaf(w: jax.Array, o: jax.Array, new: jax.Array, allowed: jax.Array, seen: jax.Array) -> tuple[Any, Any]:
+        drawn, zero = jnp.where(w == 0, new, w), jnp.zeros((), w.dtype)
+        unfed = ~seen.any(axis=tuple(range(seen.ndim - 1)), keepdims=True)
+        start = jnp.where(o == ownership.FREE, jnp.where(allowed, drawn, zero).astype(w.dtype), w)
+        spark = jnp.where((o == ownership.FREE) & ~allowed & unfed, drawn * _SPARK, zero)
+        return start, spark.astype(w.dtype)
+
+    pairs = jax.tree.map(leaf, shared, owner, drawn, harmless, nonzero)
+    return jax.tree.transpose(jax.tree.structure(shared), jax.tree.structure((0, 0)), pairs)
+
+
+@jax.jit
+def _with_sparks(start: Tree, sparks: Tree, chosen: jax.Array, factor: Any) -> Tree:
+    """Put small weights in the place of zeros, in the chosen leaves."""
+    leaves = jax.tree.unflatten(jax.tree.structure(start), list(chosen))
+    return jax.tree.map(
+        lambda w, spark, lit: jnp.where(lit & (spark != 0), spark * jnp.asarray(factor, w.dtype), w),
+        start,
+        sparks,
+        leaves,
+    )
+
+
+def _harmless_sparks(
+    net: Net, width: float, weights: tuple[Tree, Tree, Tree, Tree], empty: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return in which leaves small weights change the features by rounding alone, on trial inputs; bool (leaves,).
+
+    They are tried with both signs, all leaves together, and if that is too much, each leaf alone.
+
+    Args:
+      net: the network description.
+      width: its width.
+      weights: `(start, sparks, which weights the task sees, its local variables)`.
+      empty: per table of embeddings, the numbers of rows in which no older weight is.
+    """
+    start, sparks, shown, local = placement.automatic(weights)
+    some = np.asarray([bool(jnp.any(spark != 0)) for spark in jax.tree.leaves(sparks)])
+    none = np.zeros_like(some)
+    if not some.any():
+        return none
+    batches, run = _trials(net, width, empty), apply_backbone(net, width)
+
+    def features(chosen: np.ndarray, sign: float) -> list[np.ndarray]:
+        weights = ownership.select(shown, _with_sparks(start, sparks, chosen, sign))
+        return [whole(leaf) for x in batches for leaf in jax.tree.leaves(run(weights, local, x))]
+
+    # The rounding of reduced-precision products on accelerators would exceed the tolerance.
+    exact = jax.default_backend() == "cpu"
+    with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
+        before = features(none, 1.0)
+
+        def kept(chosen: np.ndarray) -> bool:
+            return all(_alike(before, features(chosen, sign)) for sign in (1.0, -1.0))
+
+        if kept(some):
+            return some
+        places = np.arange(some.size)
+        alone = np.asarray([bool(lit) and kept(places == place) for place, lit in enumerate(some)])
+        return alone if kept(alone) else none
+
+
+def _trials(net: Net, width: float, empty: Sequence[np.ndarray]) -> list[Tree]:
+    """Return drawn inputs, and the same with the numbers of empty rows as integers.
+
+    They have `_ROWS` examples, or as many as the sample has where the model takes no other number.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(net.sample)) // batch_size(net.sample)
+    layout, x = net.layout(width), trial_inputs(net, min(max(_NUMBERS // max(size, 1), _ROWS[0]), _ROWS[1]))[0]
+    if not traces(features_function(net, width), merge(layout.shared, layout.local), abstract(x)):
+        x = trial_inputs(net, batch_size(net.sample))[0]
+
+    def numbered(leaf: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        integers = jnp.issubdtype(leaf.dtype, jnp.integer)
+        return np.resize(rows, leaf.shape).astype(leaf.dtype) if integers else leaf
+
+    return [x, *(jax.tree.map(lambda leaf, rows=rows: numbered(leaf, rows), x) for rows in empty)]
+
+
+def _alike(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> bool:
+    """Return whether features are equal up to rounding; False where none of them is finite."""
+    pairs = [(old, new, jnp.issubdtype(old.dtype, jnp.inexact)) for old, new in zip(before, after, strict=True)]
+    wide = [np.asarray(old, np.complex128) for old, _, inexact in pairs if inexact]
+    if wide and not any(np.isfinite(old).any() for old in wide):
+        return False
+    return all(_close(old, new) if inexact else np.array_equal(old, new) for old, new, inexact in pairs)
+
+
+def _close(old: np.ndarray, new: np.ndarray) -> bool:
+    before, after = np.asarray(old, np.complex128), np.asarray(new, np.complex128)
+    known = np.isfinite(before)
+    scale = np.max(np.abs(before[known]), initial=0.0) or 1.0
+    same = np.array_equal(before[~known], after[~known], equal_nan=True)
+    worst = np.max(np.abs(after - before)[known], initial=0.0)
+    return same and bool(worst <= max(_ALIKE, 8 * float(jnp.finfo(old.dtype).eps)) * scale)  # False for NaN
 
 
 @jax.jit

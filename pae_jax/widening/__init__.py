@@ -15,6 +15,7 @@ from pae_jax.widening.channels import Cuts as Cuts
 from pae_jax.widening.channels import find_cuts as find_cuts
 from pae_jax.widening.influence import find_influence as find_influence
 from pae_jax.widening.maps import WidenMaps as WidenMaps
+from pae_jax.widening.programs import tables as tables
 from pae_jax.widening.programs import trace as trace
 from pae_jax.widening.report import WidenReport as WidenReport
 from pae_jax.widening.values import Reason as Reason

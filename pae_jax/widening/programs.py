@@ -96,6 +96,12 @@ def bodies(params: Mapping[str, Any]) -> Iterator[tuple[str, Body]]:
                 yield name, body(item)
 
 
+def tables(body: Body) -> set[tuple[int, ...]]:
+    """Shapes of the arrays of which a program, or one inside it, reads entries by their number, as an embedding."""
+    found = {tuple(e.invars[0].aval.shape) for e in body.equations if e.primitive.name == "gather"}
+    return found.union(*(tables(inner) for e in body.equations for _, inner in bodies(e.params)))
+
+
 def scan_counts(equation: Equation, inner: Body) -> tuple[int, int]:
     """How many operands of a scan are constants and how many are its carry; the others are scanned over.
 

@@ -1,5 +1,8 @@
 """What the weights that a task claims start from: the older function is kept, and what was freed is alive."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +141,68 @@ def test_preserve_keeps_the_older_function_for_inputs_longer_than_the_sample():
         x = jax.random.normal(KEY(length), (3, length))
         old, new = (pae.features(net, s, t, x) for s, t in ((state, "a"), (after, "b")))
         np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
+
+
+def relu_of_dense(x, size):
+    return nn.relu(nn.Dense(size)(x))
+
+
+def weight_norm(x, size):
+    return nn.relu(nn.WeightNorm(nn.Dense(size))(relu_of_dense(x, size)))
+
+
+def step(x, size):
+    return (nn.Dense(size, use_bias=False)(relu_of_dense(x, size)) > 0).astype(jnp.float32)
+
+
+def norms(x, size):
+    for _ in range(3):
+        x = nn.relu(nn.LayerNorm()(nn.Dense(size)(x)))
+    return x
+
+
+def tokens(x, size):
+    return nn.LayerNorm()(nn.Embed(40, size)(x.astype(jnp.int32))).mean(1)
+
+
+class Small(nn.Module):
+    """Some layers under a last one."""
+
+    layers: Callable
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(self.layers(x, int(16 * self.width)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "share"), [(weight_norm, 0.9), (weight_norm, 0.93), (step, 0.9), (norms, 0.97), (tokens, 0.97)]
+)
+def test_preserve_keeps_the_older_function_where_a_rounding_error_would_grow(layers, share):
+    """A step and a norm of nearly nothing: of tokens too that are not in the sample."""
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    if layers is tokens:
+        x = np.arange(40, dtype=np.int32).reshape(40, 1).repeat(5, 1)
+    net = pae.linen(functools.partial(Small, layers), x[:1])
+    state = pae.pack(net, pae.init(net, KEY(0)), "a", head=None, key=KEY(1))
+    state = pae.freeze(pae.prune(state, "a", share), "a")
+    after = start(net, state, local_init="a")
+    old, new = (np.asarray(pae.features(net, s, t, x)) for s, t in ((state, "a"), (after, "b")))
+    np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4 * np.abs(old).max())
+    assert layers is tokens or small(after) > 0  # layers where they do not matter keep them
+
+
+def test_preserve_leaves_small_weights_in_layers_that_hardly_enlarge_them():
+    net = pae.linen(functools.partial(Small, relu_of_dense), jnp.zeros((1, 5)))
+    state = pae.pack(net, pae.init(net, KEY(0)), "a", head=None, key=KEY(1))
+    state = pae.freeze(pae.prune(state, "a", 0.9), "a")
+    assert small(start(net, state)) >= 5
+
+
+def small(state):
+    """How many weights are next to 0."""
+    return sum(int(((leaf != 0) & (jnp.abs(leaf) < 1e-6)).sum()) for leaf in jax.tree.leaves(state.shared))
 
 
 def test_preserve_looks_at_values_so_a_second_task_packed_inside_jit_says_how_else(wide, pruned):
