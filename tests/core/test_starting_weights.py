@@ -155,14 +155,8 @@ def step(x, size):
     return (nn.Dense(size, use_bias=False)(relu_of_dense(x, size)) > 0).astype(jnp.float32)
 
 
-def norms(x, size):
-    for _ in range(3):
-        x = nn.relu(nn.LayerNorm()(nn.Dense(size)(x)))
-    return x
-
-
 def tokens(x, size):
-    return nn.LayerNorm()(nn.Embed(40, size)(x.astype(jnp.int32))).mean(1)
+    return nn.LayerNorm()(nn.LayerNorm()(nn.Embed(40, size)(x))).mean(1)
 
 
 class Small(nn.Module):
@@ -176,12 +170,10 @@ class Small(nn.Module):
         return nn.Dense(4)(self.layers(x, int(16 * self.width)))
 
 
-@pytest.mark.parametrize(
-    ("layers", "share"), [(weight_norm, 0.9), (weight_norm, 0.93), (step, 0.9), (norms, 0.97), (tokens, 0.97)]
-)
+@pytest.mark.parametrize(("layers", "share"), [(weight_norm, 0.9), (step, 0.9), (tokens, 0.95)])
 def test_preserve_keeps_the_older_function_where_a_rounding_error_would_grow(layers, share):
-    """A step and a norm of nearly nothing: of tokens too that are not in the sample."""
-    x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    """A step, and norms of nearly nothing, also of tokens that are not in the sample."""
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
     if layers is tokens:
         x = np.arange(40, dtype=np.int32).reshape(40, 1).repeat(5, 1)
     net = pae.linen(functools.partial(Small, layers), x[:1])
@@ -190,7 +182,7 @@ def test_preserve_keeps_the_older_function_where_a_rounding_error_would_grow(lay
     after = start(net, state, local_init="a")
     old, new = (np.asarray(pae.features(net, s, t, x)) for s, t in ((state, "a"), (after, "b")))
     np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4 * np.abs(old).max())
-    assert layers is tokens or small(after) > 0  # layers where they do not matter keep them
+    assert small(after) > 0  # layers where they do not matter keep them
 
 
 def test_preserve_leaves_small_weights_in_layers_that_hardly_enlarge_them():
