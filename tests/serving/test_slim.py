@@ -258,6 +258,28 @@ def test_inputs_of_any_length_stay_free_and_loops_stay_whole():
         same_outputs(net, state, small, alone, "a", x)
 
 
+class Pooled(nn.Module):
+    """The mean over positions of any number."""
+
+    axes: tuple[int, ...]
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.relu(nn.Dense(int(8 * self.width))(x))).mean(self.axes)
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((1, 6, 5), (1,)), ((1, 4, 6, 5), (1, 2))])
+def test_a_mean_over_free_axes_is_exported(shape, axes):
+    net = pae.linen(lambda width: Pooled(axes, width), np.zeros(shape, np.float32), free_axes=axes)
+    state = frozen(net)
+    small, alone = pae.slim(net, state, "a")
+    assert small.cuts
+    program = pae.export(small, alone, "a")
+    x = np.random.default_rng(0).normal(size=(3, *[9] * len(axes), 5)).astype(np.float32)
+    np.testing.assert_allclose(program.call(x), pae.predict(net, state, "a", x), rtol=1e-4, atol=1e-5)
+
+
 class Positions(nn.Module):
     """Sequences of up to 40 tokens, whose positions are rows of a table."""
 

@@ -1,6 +1,7 @@
 """`find_cuts`: which channels go with which, for each kind of operation; only shapes matter, nothing compiles."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -182,9 +183,14 @@ def masked_by_a_constant(v, x):
     return ((x.sum(1) @ v["rows"].T) * mask[None]) @ jnp.ones((12, 2))
 
 
+def switched_on_by_the_length(v, x):
+    return x.sum(1) @ v["rows"].T * jnp.floor(jnp.sqrt(jnp.float32(x.shape[1])) / 3)
+
+
 @pytest.mark.parametrize(
     "apply",
     [
+        switched_on_by_the_length,
         rows_of_a_table,
         last_rows_of_a_table,
         padded_to_a_fixed_length,
@@ -217,6 +223,28 @@ def test_sizes_that_were_not_analysed_are_refused_where_the_program_depends_on_t
     cuts = find_cuts(rows_of_a_table, {"rows": rows}, [jax.ShapeDtypeStruct((2, 3, 3), jnp.float32)])
     with pytest.raises(StructureError, match="slimmed net"):
         jax.eval_shape(cuts.apply, cuts.take({"rows": rows}), jax.ShapeDtypeStruct((2, 9, 3), jnp.float32))
+
+
+def test_sizes_that_are_symbols_run_with_the_plan_of_numbers():
+    """With a symbol, the divisor of a mean and the square root are operations, with a number a literal."""
+    variables = {"a": kernel(2, 4), "out": kernel(4, 1, unread=(1,))}
+    apply = lambda v, x: relu(x @ v["a"]).mean(1) / jnp.sqrt(x.shape[1]) @ v["out"]  # noqa: E731
+    cuts = find_cuts(apply, variables, [jax.ShapeDtypeStruct((n, n + 1, 2), jnp.float32) for n in (2, 4)])
+    small = cuts.take(variables)
+    assert small["a"].shape == (2, 3)
+    shape = jax.export.symbolic_shape("batch, length, 2")
+    program = jax.export.export(jax.jit(lambda x: cuts.apply(small, x)))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    x = np.random.default_rng(0).normal(size=(4, 7, 2)).astype(np.float32)
+    np.testing.assert_allclose(program.call(x), apply(variables, x), rtol=1e-5)
+
+
+def test_a_number_that_only_symbols_change_is_refused():
+    variables = {"a": kernel(2, 4)}
+    apply = lambda v, x: x.mean(1) @ v["a"]  # noqa: E731
+    cuts = find_cuts(apply, variables, [jax.ShapeDtypeStruct((2, 3, 2), jnp.float32)])
+    shape = jax.export.symbolic_shape("batch, length, 2")
+    with pytest.raises(StructureError, match="slimmed net"):
+        jax.eval_shape(cuts.apply, variables, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def test_a_program_of_another_structure_is_refused():

@@ -17,7 +17,7 @@ from pae_jax.widening.channels.known import find_known
 from pae_jax.widening.channels.links import link
 from pae_jax.widening.channels.reduced import Kept, Plan
 from pae_jax.widening.channels.sets import Sets
-from pae_jax.widening.channels.sizes import Signature, Varying, signature_of, variables_of, varying
+from pae_jax.widening.channels.sizes import Signature, Varying, numbers_of, signature_of, variables_of, varying
 from pae_jax.widening.programs import Body, literal, trace
 
 
@@ -59,7 +59,8 @@ class Cuts:
         analysed = self.plans.get(signature_of(body))
         if analysed is not None and analysed.covers(body):
             pairs = zip(variables_of(body), analysed.kept, strict=True)
-            return Plan({var: axes for var, axes in pairs if axes is not None})
+            numbers: dict[Any, Kept] = dict.fromkeys(numbers_of(body), ())
+            return Plan(numbers | {var: axes for var, axes in pairs if axes is not None})
         found = ", ".join(map(describe, jax.tree.leaves(inputs)))
         hint = (
             "Its program differs there. Declare axes whose sizes change as free_axes; if they are, slim with a net "

@@ -65,9 +65,9 @@ def find_known(body: Body, inputs: Sequence[Any], varying: Varying) -> dict[Any,
 
     def value(equation: Equation, place: int) -> Known | None:
         var = equation.invars[place]
-        if literal(var) is None:
-            return found.get(var)
-        return None if (equation, place) in varying.constants else _whole(constant(var))
+        if (equation, place) in varying.constants:
+            return None
+        return found.get(var) if literal(var) is None else _whole(constant(var))
 
     for equation in body.equations:
         values = [value(equation, place) for place in range(len(equation.invars))]
