@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,6 +149,7 @@ def input_sizes(
       function: pure function of `(variables, inputs)`.
       variables: its variables, concrete or abstract.
       batches: other batch sizes; free axes are changed at the sample's, and with `batches` also at 1 and at one more.
+        Where there are several, each is also changed alone.
 
     Returns:
       Trees of `ShapeDtypeStruct`; the sample's shapes come first.
@@ -156,9 +157,9 @@ def input_sizes(
     known = abstract(net.sample)
     whole = batch_size(known)
 
-    def sized(rows: int, scale: Callable[[int], int]) -> Tree:
+    def sized(rows: int, scale: Callable[[int], int], axes: Mapping[str, Sequence[int]] = net.free_axes) -> Tree:
         def leaf(path: Any, known: Any) -> jax.ShapeDtypeStruct:
-            free = net.free_axes.get(path_name(path), ())
+            free = axes.get(path_name(path), ())
             sizes = [scale(size) if axis in free else size for axis, size in enumerate(known.shape)]
             return jax.ShapeDtypeStruct((rows, *sizes[1:]), known.dtype)
 
@@ -170,7 +171,19 @@ def input_sizes(
         near = (lambda size: size + 1), (lambda size: max(size - 1, 1))
         wanted += [sized(whole, scale) for scale in (twice, half, *near)]
         wanted += [sized(rows, scale) for rows in (1, whole + 1) if batches for scale in (twice, half)]
+        counts = (1, whole + 1) if batches else (whole,)
+        apart = _apart(net.free_axes)
+        wanted += [sized(rows, scale, axes) for axes in apart for rows in counts for scale in (twice, half)]
     return [known, *(shapes for shapes in wanted if traces(function, variables, shapes))]
+
+
+def _apart(free: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[int, ...]]]:
+    """Return each free axis alone, and the axes of one number of all inputs together; nothing if that is all."""
+    numbers = sorted({axis for axes in free.values() for axis in axes})
+    alone = [{path: (axis,)} for path, axes in free.items() for axis in axes]
+    joint = [{path: (axis,) for path, axes in free.items() if axis in axes} for axis in numbers]
+    every = {path: tuple(axes) for path, axes in free.items() if axes}
+    return [axes for axes in (*alone, *(one for one in joint if one not in alone)) if axes != every]
 
 
 def traces(function: Callable[..., Any], *operands: Any) -> bool:

@@ -44,9 +44,9 @@ class Nnx(nnx.Module):
         return nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))
 
 
-def frozen(net, channels=0.5, seed=0, **pack):
+def frozen(net, channels=0.5, seed=0, head=3):
     """A frozen task "a" that owns no weight of a share of each layer's input and output channels."""
-    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=3, key=jax.random.key(1), **pack)
+    state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=head, key=jax.random.key(1))
     draw = np.random.default_rng(seed)
 
     def leaf(owner):
@@ -278,6 +278,28 @@ def test_a_mean_over_free_axes_is_exported(shape, axes):
     program = pae.export(small, alone, "a")
     x = np.random.default_rng(0).normal(size=(3, *[9] * len(axes), 5)).astype(np.float32)
     np.testing.assert_allclose(program.call(x), pae.predict(net, state, "a", x), rtol=1e-4, atol=1e-5)
+
+
+class Enlarged(nn.Module):
+    """Images of twice the height and width, by products whose order depends on which of them is larger."""
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(int(8 * self.width))(x))
+        rows, height, width, channels = x.shape
+        return nn.Dense(2)(jax.image.resize(x, (rows, 2 * height, 2 * width, channels), "bilinear"))
+
+
+def test_free_axes_of_different_sizes_are_taken():
+    net = pae.linen(Enlarged, np.zeros((2, 4, 4, 3), np.float32), free_axes=(1, 2))
+    state = frozen(net, head=None)
+    small, alone = pae.slim(net, state, "a")
+    for rows, height, width in ((3, 6, 9), (1, 9, 6), (5, 2, 4)):
+        x = np.random.default_rng(0).normal(size=(rows, height, width, 3)).astype(np.float32)
+        wanted = pae.predict(net, state, "a", x)
+        np.testing.assert_allclose(pae.predict(small, alone, "a", x), wanted, rtol=1e-4, atol=1e-5)
 
 
 class Positions(nn.Module):

@@ -62,11 +62,23 @@ class Cuts:
             numbers: dict[Any, Kept] = dict.fromkeys(numbers_of(body), ())
             return Plan(numbers | {var: axes for var, axes in pairs if axes is not None})
         found = ", ".join(map(describe, jax.tree.leaves(inputs)))
-        hint = (
-            "Its program differs there. Declare axes whose sizes change as free_axes; if they are, slim with a net "
-            "whose sample has this shape."
-        )
+        hint = "Its program differs there. Use the whole network, or slim with a net whose sample has this shape."
+        if self._fixed(inputs):
+            hint = "Its program differs there. Declare axes whose sizes change as free_axes."
         raise StructureError("input of a slimmed net", "", found, "shapes for which its program was analysed", hint)
+
+    def _fixed(self, inputs: Tree) -> bool:
+        """Return whether an axis, the batch axis not counted, that had one size whenever analysed has another."""
+        for place, leaf in enumerate(reversed(jax.tree.leaves(inputs)), 1):
+            known = [(analysed.body.invars[-place], analysed.varying.axes) for analysed in self.plans.values()]
+            for axis, size in enumerate(leaf.shape[1:], 1):
+                sizes, free = (
+                    {var.aval.shape[axis] for var, _ in known},
+                    any(axis in axes.get(v, ()) for v, axes in known),
+                )
+                if len(sizes) == 1 and not free and size not in sizes:
+                    return True
+        return False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
