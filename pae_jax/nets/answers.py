@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ from pae_jax.nets.network import Net, Program, batch_size
 from pae_jax.nets.retracing import same_trace
 from pae_jax.trees import PARAMS, Tree, path_name
 
-_ASKED = Cache(64)
+_ASKED, _DIGESTS = Cache(64), Cache(64)
 _FEW, _MANY = 4, 32
 _OPERATIONS = 2e9  # of one run of the larger batch
+_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_threefry_partitionable")
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -28,12 +30,37 @@ def require_single_answers(net: Net, head: Any, width: float) -> None:
     Backbone and head run with random weights, on batches that have some rows in common. It is a trial, not a proof.
     Random numbers of NumPy, drawn when a model is traced, are seen by tracing it twice.
     """
-    trial = _trace_twice if net.couples_examples else _ask
-    _ASKED.get((net, width), lambda: trial(net.source, net.program(width), net.sample, net.example))
+    for name, key, program, sample, example in _parts(net, head, width):
+
+        def ask(name: str = name, key: Any = key, program: Any = program, sample: Any = sample, example: Any = example):
+            trial = _Trial(name, program, sample, net.couples_examples)
+            _DIGESTS.get((key, options()), trial.digest)
+            return net.couples_examples or _ask(name, trial, example)
+
+        _ASKED.get(key, ask)
+
+
+def program_digest(net: Net, head: Any, width: float) -> str:
+    """Return a digest of the programs of backbone and head in evaluation."""
+    digests = [str(head)] if isinstance(head, int) else []
+    for name, key, program, sample, _ in _parts(net, head, width):
+        make = lambda n=name, p=program, s=sample: _Trial(n, p, s, net.couples_examples).digest()  # noqa: E731
+        digests.append(_DIGESTS.get((key, options()), make))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+
+def options() -> tuple[str, ...]:
+    """Return the settings of JAX that change programs."""
+    return tuple(str(getattr(jax.config, name, None)) for name in _OPTIONS)
+
+
+def _parts(net: Net, head: Any, width: float) -> list[tuple[str, Any, Program, Tree, Tree | None]]:
+    """Return `(name, key of a cache, program, inputs, values of integer inputs)` of the backbone and a head module."""
+    found: list[Any] = [(net.source, (net, width), net.program(width), net.sample, net.example)]
     if head is not None and not isinstance(head, int):
-        features = net.layout(width).features
-        name = f"head {type(head).__name__}"
-        _ASKED.get((net, width, heads.key_of(head)), lambda: trial(name, heads.program(head), features, None))
+        key = (net, width, heads.key_of(head))
+        found.append((f"head {type(head).__name__}", key, heads.program(head), net.layout(width).features, None))
+    return found
 
 
 def trial_inputs(net: Net, rows: int) -> Tree:
@@ -104,17 +131,40 @@ def _others(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, known:
     return drawn.astype(dtype)
 
 
-def _trace_twice(name: str, program: Program, sample: Tree, example: Tree | None) -> bool:
-    del example
-    rows = list(range(batch_size(sample)))
-    variables = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
-    _same_each_time(name, lambda: _traced(program, variables, sample, rows))
-    return True
+class _Trial:
+    """A program in evaluation, lowered for a batch of which it returns some rows; a costly one gets few rows.
+
+    The random weights are without zeros that hide an influence.
+    """
+
+    def __init__(self, name: str, program: Program, sample: Tree, couples_examples: bool):
+        shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
+        self.sample, self.variables = sample, jax.tree_util.tree_map_with_path(_weights, shapes)
+        self.rows = batch_size(sample) if couples_examples else _MANY
+
+        def traced() -> Any:
+            x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.rows, *leaf.shape[1:]), leaf.dtype), sample)
+            return _traced(program, self.variables, x, _asked(self.rows))
+
+        self.lowered = _same_each_time(name, traced).lower()
+        if not couples_examples and (self.lowered.cost_analysis() or {}).get("flops", np.inf) > _OPERATIONS:
+            self.rows = _FEW
+            self.lowered = traced().lower()
+
+    def digest(self) -> str:
+        """Return the digest of the program's text."""
+        return hashlib.sha256(self.lowered.as_text().encode()).hexdigest()
+
+    def answers(self) -> Callable[[Tree, int], list[np.ndarray]]:
+        """Return `(x, seed) -> outputs of the rows asked for`."""
+        # Compiled and called explicitly, on host arrays, so that `pack` itself may be traced.
+        run = self.lowered.compile(compiler_options=_QUICK)
+        return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(run(self.variables, x, np.uint32(seed)))]
 
 
-def _ask(name: str, program: Program, sample: Tree, example: Tree | None) -> bool:
-    answer, rows = _answers(name, program, sample)
-    first, *others = _batches(sample, example, rows)
+def _ask(name: str, trial: _Trial, example: Tree | None) -> bool:
+    answer = trial.answers()
+    first, *others = _batches(trial.sample, example, trial.rows)
     alone = answer(first, 0)
     # The key is changed along with the others; what made a difference is asked only after one was seen.
     if not any(_differs(alone, answer(batch, 1)) for batch in others):
@@ -130,27 +180,6 @@ def _ask(name: str, program: Program, sample: Tree, example: Tree | None) -> boo
     )
     found = "an answer that depends on the other examples of the batch"
     raise StructureError(name, "", found, "one that does not, in evaluation", hint)
-
-
-def _answers(name: str, program: Program, sample: Tree) -> tuple[Callable[[Tree, int], list[np.ndarray]], int]:
-    """Return `(x, seed) -> outputs of the rows asked for`, and the number of rows of x; a costly model gets few.
-
-    The random weights are without zeros that hide an influence.
-    """
-    shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
-    variables = jax.tree_util.tree_map_with_path(_weights, shapes)
-
-    def traced(rows: int) -> Any:
-        x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), sample)
-        return _traced(program, variables, x, _asked(rows))
-
-    rows, trial = _FEW, _same_each_time(name, lambda: traced(_FEW)).lower()
-    operations = (trial.cost_analysis() or {}).get("flops", np.inf)
-    if operations * _MANY / _FEW <= _OPERATIONS:
-        rows, trial = _MANY, traced(_MANY).lower()
-    # Compiled and called explicitly, on host arrays, so that `pack` itself may be traced.
-    compiled = trial.compile(compiler_options=_QUICK)
-    return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(variables, x, np.uint32(seed)))], rows
 
 
 def _traced(program: Program, variables: Tree, x: Tree, rows: list[int]) -> Any:

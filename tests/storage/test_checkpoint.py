@@ -1016,6 +1016,15 @@ def test_a_model_or_head_of_the_same_shapes_that_computes_otherwise_is_refused(t
     assert_same(pae.load(same, tmp_path / "stage", heads={"a": Tempered()}).shared, state.shared)
 
 
+def test_a_program_is_the_same_whatever_was_packed_before_under_other_settings(net, tmp_path):
+    for number, precision in enumerate(("highest", "float32", None)):
+        with jax.default_matmul_precision(precision):
+            state = pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
+            pae.save(tmp_path / str(number), state)
+            pae.clear_caches()
+            pae.load(net, tmp_path / str(number))
+
+
 def test_a_program_is_not_compared_under_other_circumstances(net, frozen, tmp_path):
     """Another version of JAX, or other settings of it, may write the same program otherwise."""
     entry = frozen.tasks["a"].replace(program=frozen.tasks["a"].program[16:].join(["0" * 16, " and more"]))
