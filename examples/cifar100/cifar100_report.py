@@ -144,6 +144,9 @@ def accuracy_and_size(results: list[dict[str, Any]]) -> Picture:
         axes.errorbar(row["stored_bytes"] / 1e6, row["accuracy"], yerr=np.nan_to_num(row["deviation"]), marker="o")
         axes.annotate(row["method"], (row["stored_bytes"] / 1e6, row["accuracy"]), (5, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="stored, MB on disk", ylabel="mean test accuracy")
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     return figure
 
 
