@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import flax
 import jax
+import numpy as np
 
 from pae_jax.errors import StructureError
 from pae_jax.nets.answers import options, program_digest
@@ -15,11 +17,13 @@ from pae_jax.nets.network import Net
 def fingerprint(net: Net, width: float, head: Any) -> str:
     """Return `digest by circumstances` of a task's program in evaluation.
 
-    Only digests under the same circumstances can be compared: versions, backend, settings of JAX, sizes of the inputs.
+    Only digests under the same circumstances can be compared: versions, machine, settings of JAX, sizes of the inputs.
     """
     first = 0 if net.couples_examples else 1
     inputs = [f"{leaf.dtype}{list(leaf.shape[first:])}" for leaf in jax.tree.leaves(net.sample)]
-    found = [jax.__version__, flax.__version__, jax.default_backend(), *options(), *inputs]
+    # NumPy may have made constants of the program, which another machine may round otherwise.
+    versions = [jax.__version__, flax.__version__, np.__version__, platform.machine(), jax.default_backend()]
+    found = [*versions, *options(), *inputs]
     return f"{program_digest(net, head, width)} by {' '.join(found)}"
 
 

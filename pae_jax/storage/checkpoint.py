@@ -179,7 +179,7 @@ def load(
       sharding: where the arrays lie, as for `init`; None reads them onto one device. Each device reads its own part,
         and one block of rows of one array at a time is in the memory of the host, for its checksum.
       same_program: refuse a model or head that computes otherwise than the one that a task was packed with; known only
-        under the same versions of JAX and Flax, settings of JAX, backend and sizes of the sample.
+        under the same versions of JAX, Flax and NumPy, kind of machine, settings of JAX and sizes of the sample.
 
     Returns:
       The state, equal to the saved one bit for bit.
