@@ -260,7 +260,8 @@ def _pair(net: Net, batch: Any, where: str) -> Batch:
             raise DataError(f"{where}: a dict needs 'image' and 'label', {found}")
         rest = {name: leaf for name, leaf in batch.items() if name not in labels}
         inputs = net.sample if isinstance(net.sample, dict) else {}
-        for name in _WEIGHTS & rest.keys() - inputs.keys():
+        unused = sorted(_WEIGHTS & rest.keys() - inputs.keys()) if len(rest) > 1 else []
+        for name in unused:
             raise DataError(
                 f"{where}: {name!r} would not be used. Pass weights and masks with the labels, 'label': (y, {name}), "
                 f"and a loss (outputs, y, {name}) -> losses"
