@@ -20,6 +20,13 @@ from flax import linen as nn
 from flax import nnx
 
 T = TypeVar("T")
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
 _PLAIN = (bool, int, complex, str, bytes, type(None), np.dtype, jax.sharding.Mesh, nnx.GraphDef)
 
 
@@ -87,6 +94,12 @@ def same(a: Any, b: Any) -> bool:
 def _by_value(kind: type) -> bool:
     settings = getattr(kind, "__dataclass_params__", None)
     return settings is not None and settings.frozen and settings.eq
+
+
+def jax_settings() -> dict[str, bool | str]:
+    """Return the settings of JAX that change what a program computes."""
+    found = {name: getattr(jax.config, name, None) for name in _SETTINGS}
+    return {name: value if isinstance(value, bool) else str(value) for name, value in found.items()}
 
 
 def program_text(function: Callable[..., Any], *operands: Any) -> str:

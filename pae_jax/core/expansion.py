@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,18 @@ from pae_jax.checks import check_key, check_width
 from pae_jax.core import ownership, placement
 from pae_jax.core.state import Growth, State, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
-from pae_jax.nets import Net, apply_backbone, batch_size, check_net, features_function, trial_inputs
+from pae_jax.nets import (
+    Net,
+    apply_backbone,
+    as_complex,
+    batch_size,
+    check_net,
+    features_function,
+    full_precision,
+    largest,
+    relative_limit,
+    trial_inputs,
+)
 from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import WidenMaps, widen_maps
 
@@ -137,10 +147,7 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
     wide_held = placement.widened(maps, {PARAMS: held})[PARAMS]
     wide_local = placement.local_widened(maps, local, fresh)
     x = trial_inputs(net, batch_size(net.sample))
-    # The check compares sums of different order; the rounding of reduced-precision products on accelerators would
-    # exceed its tolerance.
-    exact = jax.default_backend() == "cpu"
-    with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
+    with full_precision():  # sums of different order are compared
         narrow = apply_backbone(net, old.width)(held, local, x)
         wide = apply_backbone(net, new.width)(wide_held, wide_local, x)
     leaves = zip(flatten(narrow).items(), maps.output_maps, jax.tree.leaves(wide), strict=True)
@@ -150,7 +157,7 @@ def _check_function(net: Net, old: State, new: State, fresh: Tree, key: jax.Arra
 def _compare(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Raise `NotPreservableError` unless both networks compute the same; `features` are pairs of old and new leaves."""
     hint = "give the net a sample of values that suit the model, such as real token ids and a mask with some ones"
-    scales = {path: _largest(old) for path, (old, _) in features.items() if jnp.issubdtype(old.dtype, jnp.inexact)}
+    scales = {path: largest(old) for path, (old, _) in features.items() if jnp.issubdtype(old.dtype, jnp.inexact)}
     if not np.isfinite([*scales.values()]).all():
         raise NotPreservableError(
             "the network's own features are not finite on its sample's values, so nothing can be compared. The state "
@@ -164,8 +171,8 @@ def _compare(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     for path, (old, new) in features.items():
         if path in scales:
             # A leaf that is 0 has no scale of its own.
-            scale, worst = scales[path] or max(scales.values()), _largest(_wide(new) - _wide(old))
-            limit = max(1e-5, 8 * float(jnp.finfo(old.dtype).eps)) * scale
+            scale, worst = scales[path] or max(scales.values()), largest(as_complex(new) - as_complex(old))
+            limit = relative_limit(old.dtype, 1e-5) * scale
             if worst <= limit:  # false for NaN
                 continue
             found = f"largest difference {worst:.3g} at a largest feature of {scale:.3g}, {limit:.3g} is allowed"
@@ -177,11 +184,3 @@ def _compare(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
             f"the widened network computes other features on the old weights{f' at {path}' if path else ''}: {found}. "
             "The state is unchanged. Please report the model; accept_changes does not skip this check."
         )
-
-
-def _wide(leaf: np.ndarray) -> np.ndarray:
-    return np.asarray(leaf, np.complex128)
-
-
-def _largest(leaf: np.ndarray) -> float:
-    return float(np.max(np.abs(_wide(leaf)), initial=0.0))

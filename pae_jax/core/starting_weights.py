@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -16,7 +15,19 @@ from pae_jax.core import ownership, placement
 from pae_jax.core.spread_arrays import whole
 from pae_jax.core.state import State
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net, apply_backbone, batch_size, features_function, input_sizes, traces, trial_inputs
+from pae_jax.nets import (
+    Net,
+    apply_backbone,
+    as_complex,
+    batch_size,
+    features_function,
+    full_precision,
+    input_sizes,
+    largest,
+    relative_limit,
+    traces,
+    trial_inputs,
+)
 from pae_jax.trees import PARAMS, Tree, abstract, flatten, merge
 from pae_jax.widening import find_influence, tables, trace
 
@@ -155,9 +166,7 @@ def _harmless_sparks(
         weights = ownership.select(shown, _with_sparks(start, sparks, chosen, sign))
         return [whole(leaf) for x in batches for leaf in jax.tree.leaves(run(weights, local, x))]
 
-    # The rounding of reduced-precision products on accelerators would exceed the tolerance.
-    exact = jax.default_backend() == "cpu"
-    with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
+    with full_precision():
         before = features(none, 1.0)
 
         def kept(chosen: np.ndarray) -> bool:
@@ -190,19 +199,18 @@ def _trials(net: Net, width: float, empty: Sequence[np.ndarray]) -> list[Tree]:
 def _alike(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> bool:
     """Return whether features are equal up to rounding; False where none of them is finite."""
     pairs = [(old, new, jnp.issubdtype(old.dtype, jnp.inexact)) for old, new in zip(before, after, strict=True)]
-    wide = [np.asarray(old, np.complex128) for old, _, inexact in pairs if inexact]
-    if wide and not any(np.isfinite(old).any() for old in wide):
+    numbers = [old for old, _, inexact in pairs if inexact]
+    if numbers and not any(np.isfinite(as_complex(old)).any() for old in numbers):
         return False
     return all(_close(old, new) if inexact else np.array_equal(old, new) for old, new, inexact in pairs)
 
 
 def _close(old: np.ndarray, new: np.ndarray) -> bool:
-    before, after = np.asarray(old, np.complex128), np.asarray(new, np.complex128)
+    before, after = as_complex(old), as_complex(new)
     known = np.isfinite(before)
-    scale = np.max(np.abs(before[known]), initial=0.0) or 1.0
     same = np.array_equal(before[~known], after[~known], equal_nan=True)
-    worst = np.max(np.abs(after - before)[known], initial=0.0)
-    return same and bool(worst <= max(_ALIKE, 8 * float(jnp.finfo(old.dtype).eps)) * scale)  # False for NaN
+    limit = relative_limit(old.dtype, _ALIKE) * (largest(before[known]) or 1.0)
+    return same and largest(after[known] - before[known]) <= limit  # False for NaN
 
 
 @jax.jit

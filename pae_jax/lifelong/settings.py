@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pae_jax.caching import program_text
+from pae_jax.caching import jax_settings, program_text
 from pae_jax.core import State, find, integrity, names, spread_arrays
 from pae_jax.lifelong.describing import code_of, name_of, short
 from pae_jax.lifelong.recipe import Recipe, plain
@@ -62,16 +62,7 @@ def facts_of(task: Task, recipe: Recipe) -> dict[str, Any]:
 
 def environment(key: jax.Array) -> dict[str, Any]:
     """Return the settings of JAX that change what is computed."""
-    names = (
-        "jax_enable_x64",
-        "jax_default_matmul_precision",
-        "jax_numpy_dtype_promotion",
-        "jax_default_prng_impl",
-        "jax_threefry_partitionable",
-    )
-    found = {name: getattr(jax.config, name, None) for name in names}
-    plainly = {name: value if isinstance(value, bool) else str(value) for name, value in found.items()}
-    return {**plainly, "key": str(jax.random.key_impl(key))}
+    return {**jax_settings(), "key": str(jax.random.key_impl(key))}
 
 
 def _head_values(head: Any, key: jax.Array) -> dict[str, str] | None:

@@ -29,5 +29,9 @@ from pae_jax.nets.network import width_for as width_for
 from pae_jax.nets.nnx import merged as merged
 from pae_jax.nets.nnx import nnx as nnx
 from pae_jax.nets.nnx import variables_of as variables_of
+from pae_jax.nets.rounding import as_complex as as_complex
+from pae_jax.nets.rounding import full_precision as full_precision
+from pae_jax.nets.rounding import largest as largest
+from pae_jax.nets.rounding import relative_limit as relative_limit
 from pae_jax.nets.variables import own_variables as own_variables
 from pae_jax.nets.variables import plain_variables as plain_variables

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.caching import Cache
+from pae_jax.caching import Cache, jax_settings
 from pae_jax.errors import StructureError
 from pae_jax.nets import heads
 from pae_jax.nets.network import Net, Program, batch_size
 from pae_jax.nets.retracing import same_trace
+from pae_jax.nets.rounding import as_complex, largest
 from pae_jax.trees import PARAMS, Tree, path_name
 
 _ASKED, _DIGESTS = Cache(64), Cache(64)
 _FEW, _MANY = 4, 32
 _OPERATIONS = 2e9  # of one run of the larger batch
-_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_threefry_partitionable")
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -30,36 +31,34 @@ def require_single_answers(net: Net, head: Any, width: float) -> None:
     Backbone and head run with random weights, on batches that have some rows in common. It is a trial, not a proof.
     Random numbers of NumPy, drawn when a model is traced, are seen by tracing it twice.
     """
-    for name, key, program, sample, example in _parts(net, head, width):
-
-        def ask(name: str = name, key: Any = key, program: Any = program, sample: Any = sample, example: Any = example):
-            trial = _Trial(name, program, sample, net.couples_examples)
-            _DIGESTS.get((key, options()), trial.digest)
-            return net.couples_examples or _ask(name, trial, example)
-
-        _ASKED.get(key, ask)
+    for part in _parts(net, head, width):
+        _ASKED.get(part.key, functools.partial(_ask, part, net.couples_examples))
 
 
 def program_digest(net: Net, head: Any, width: float) -> str:
     """Return a digest of the programs of backbone and head in evaluation."""
     digests = [str(head)] if isinstance(head, int) else []
-    for name, key, program, sample, _ in _parts(net, head, width):
-        make = lambda n=name, p=program, s=sample: _Trial(n, p, s, net.couples_examples).digest()  # noqa: E731
-        digests.append(_DIGESTS.get((key, options()), make))
+    for part in _parts(net, head, width):
+        make = lambda part=part: _Trial(part, net.couples_examples).digest()  # noqa: E731
+        digests.append(_DIGESTS.get((part.key, jax_settings()), make))
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
-def options() -> tuple[str, ...]:
-    """Return the settings of JAX that change programs."""
-    return tuple(str(getattr(jax.config, name, None)) for name in _OPTIONS)
+class _Part(NamedTuple):
+    """A backbone or a head module: its name, key in caches, program, abstract inputs, and their values if known."""
+
+    name: str
+    key: Any
+    program: Program
+    sample: Tree
+    example: Tree | None
 
 
-def _parts(net: Net, head: Any, width: float) -> list[tuple[str, Any, Program, Tree, Tree | None]]:
-    """Return `(name, key of a cache, program, inputs, values of integer inputs)` of the backbone and a head module."""
-    found: list[Any] = [(net.source, (net, width), net.program(width), net.sample, net.example)]
+def _parts(net: Net, head: Any, width: float) -> list[_Part]:
+    found = [_Part(net.source, (net, width), net.program(width), net.sample, net.example)]
     if head is not None and not isinstance(head, int):
-        key = (net, width, heads.key_of(head))
-        found.append((f"head {type(head).__name__}", key, heads.program(head), net.layout(width).features, None))
+        key, features = (net, width, heads.key_of(head)), net.layout(width).features
+        found.append(_Part(f"head {type(head).__name__}", key, heads.program(head), features, None))
     return found
 
 
@@ -137,16 +136,17 @@ class _Trial:
     The random weights are without zeros that hide an influence.
     """
 
-    def __init__(self, name: str, program: Program, sample: Tree, couples_examples: bool):
+    def __init__(self, part: _Part, couples_examples: bool):
+        program, sample = part.program, part.sample
         shapes = jax.eval_shape(lambda x: program.init(jax.random.key(0), x), sample)
-        self.sample, self.variables = sample, jax.tree_util.tree_map_with_path(_weights, shapes)
+        self.variables = jax.tree_util.tree_map_with_path(_weights, shapes)
         self.rows = batch_size(sample) if couples_examples else _MANY
 
         def traced() -> Any:
             x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.rows, *leaf.shape[1:]), leaf.dtype), sample)
             return _traced(program, self.variables, x, _asked(self.rows))
 
-        self.lowered = _same_each_time(name, traced).lower()
+        self.lowered = _same_each_time(part.name, traced).lower()
         if not couples_examples and (self.lowered.cost_analysis() or {}).get("flops", np.inf) > _OPERATIONS:
             self.rows = _FEW
             self.lowered = traced().lower()
@@ -162,24 +162,27 @@ class _Trial:
         return lambda x, seed: [np.asarray(leaf) for leaf in jax.tree.leaves(run(self.variables, x, np.uint32(seed)))]
 
 
-def _ask(name: str, trial: _Trial, example: Tree | None) -> bool:
+def _ask(part: _Part, couples_examples: bool) -> bool:
+    trial = _Trial(part, couples_examples)
+    _DIGESTS.get((part.key, jax_settings()), trial.digest)
+    if couples_examples:
+        return True
     answer = trial.answers()
-    first, *others = _batches(trial.sample, example, trial.rows)
+    first, *others = _batches(part.sample, part.example, trial.rows)
     alone = answer(first, 0)
     # The key is changed along with the others; what made a difference is asked only after one was seen.
     if not any(_differs(alone, answer(batch, 1)) for batch in others):
         return True
     if _differs(alone, answer(first, 1)):
         hint = "Draw in training alone; or, with Linen, name the stream: pae.linen(..., rngs=) draws from a fixed key."
-        raise StructureError(
-            name, "", "an answer that depends on random numbers in evaluation", "one that does not", hint
-        )
+        found = "an answer that depends on random numbers in evaluation"
+        raise StructureError(part.name, "", found, "one that does not", hint)
     hint = (
         "A norm that takes the statistics of the batch in evaluation is the usual cause. To accept it, describe "
         "the net with couples_examples=True: its answers then hold for one composition of the batch."
     )
     found = "an answer that depends on the other examples of the batch"
-    raise StructureError(name, "", found, "one that does not, in evaluation", hint)
+    raise StructureError(part.name, "", found, "one that does not, in evaluation", hint)
 
 
 def _traced(program: Program, variables: Tree, x: Tree, rows: list[int]) -> Any:
@@ -219,11 +222,10 @@ def _weights(path: Any, leaf: Any) -> np.ndarray:
 
 def _differs(found: list[np.ndarray], other: list[np.ndarray]) -> bool:
     def apart(a: np.ndarray, b: np.ndarray) -> bool:
-        a, b = np.asarray(a, np.complex128), np.asarray(b, np.complex128)
+        a, b = as_complex(a), as_complex(b)
         known = np.isfinite(a)
         if (known != np.isfinite(b)).any():
             return True
-        scale = np.max(np.abs(a[known]), initial=0.0)
-        return bool(np.max(np.abs(a - b)[known], initial=0.0) > 1e-4 * scale)
+        return largest(a[known] - b[known]) > 1e-4 * largest(a[known])
 
     return any(map(apart, found, other))

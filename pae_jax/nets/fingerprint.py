@@ -9,8 +9,9 @@ import flax
 import jax
 import numpy as np
 
+from pae_jax.caching import jax_settings
 from pae_jax.errors import StructureError
-from pae_jax.nets.answers import options, program_digest
+from pae_jax.nets.answers import program_digest
 from pae_jax.nets.network import Net
 
 
@@ -23,7 +24,7 @@ def fingerprint(net: Net, width: float, head: Any) -> str:
     inputs = [f"{leaf.dtype}{list(leaf.shape[first:])}" for leaf in jax.tree.leaves(net.sample)]
     # NumPy may have made constants of the program, which another machine may round otherwise.
     versions = [jax.__version__, flax.__version__, np.__version__, platform.machine(), jax.default_backend()]
-    found = [*versions, *options(), *inputs]
+    found = [*versions, *map(str, jax_settings().values()), *inputs]
     return f"{program_digest(net, head, width)} by {' '.join(found)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -32,10 +31,14 @@ from pae_jax.nets import (
     Program,
     Rngs,
     apply_task,
+    as_complex,
     batch_size,
     check_net,
     features_function,
+    full_precision,
     input_sizes,
+    largest,
+    relative_limit,
     trial_inputs,
 )
 from pae_jax.trees import PARAMS, Tree, flatten, merge
@@ -248,15 +251,13 @@ def _state(small: Net, state: State, task: str, cuts: Cuts, head: Tree) -> State
 def _compare(net: Net, state: State, small: Net, alone: State, task: str, rows: int) -> None:
     """Raise `NotPreservableError` unless both networks compute the same for drawn inputs."""
     x = trial_inputs(net, rows)
-    exact = jax.default_backend() == "cpu"  # products of reduced precision on accelerators would exceed the tolerance
-    with contextlib.nullcontext() if exact else jax.default_matmul_precision("highest"):
+    with full_precision():
         answers = [_answer(n, s, task, x) for n, s in ((net, state), (small, alone))]
     for (path, old), new in zip(flatten(answers[0]).items(), jax.tree.leaves(answers[1]), strict=True):
         if not jnp.issubdtype(old.dtype, jnp.inexact):
             continue  # another order of summation may turn an argmax or a comparison
-        before, after = np.asarray(old, np.complex128), np.asarray(new, np.complex128)
-        worst, scale = np.max(np.abs(after - before), initial=0.0), np.max(np.abs(before), initial=0.0)
-        limit = max(1e-5, 8 * float(jnp.finfo(old.dtype).eps)) * scale
+        worst, scale = largest(as_complex(new) - as_complex(old)), largest(old)
+        limit = relative_limit(old.dtype, 1e-5) * scale
         if not worst <= limit:  # also true for NaN
             where = f" at {path}" if path else ""
             raise NotPreservableError(

@@ -140,10 +140,8 @@ class TrainState:
         """
         if "params" in changes:
             changes["params"] = arrays.pinned(self, changes["params"])
-        key = changes.get("key")
-        if key is not None and not (
-            self.task_id.ndim and np.ndim(key) == self.task_id.ndim
-        ):  # in a stack, one for each
+        key, stacked = changes.get("key"), self.task_id.ndim
+        if key is not None and not (stacked and np.ndim(key) == stacked):  # a stack has a key for each
             changes["key"] = check_key(key)
         after = dataclasses.replace(self, **changes)
         if changes.keys() & {"tx", "opt_state"} and after.opt_state is not None:

@@ -53,8 +53,7 @@ def read_bundle(
     specs = _specs(header, dict(heads or {}))
     _require_model(net, header, specs)
     for entry in header["tasks"] if same_program else ():
-        spec = specs.get(entry["name"], entry["head"])
-        require_program(net, entry["width"], spec, entry["name"], entry.get("program", ""))
+        require_program(net, entry["width"], specs[entry["name"]], entry["name"], entry.get("program", ""))
     state = assembling.assembled(header, tensors, onto, specs)
     layout = layout_of(shared=state.shared, local=net.layout(state.width).local)
     state = state.replace(layout=layout, local=_backbone_local(state, onto))

@@ -72,10 +72,8 @@ class Cuts:
         for place, leaf in enumerate(reversed(jax.tree.leaves(inputs)), 1):
             known = [(analysed.body.invars[-place], analysed.varying.axes) for analysed in self.plans.values()]
             for axis, size in enumerate(leaf.shape[1:], 1):
-                sizes, free = (
-                    {var.aval.shape[axis] for var, _ in known},
-                    any(axis in axes.get(v, ()) for v, axes in known),
-                )
+                sizes = {var.aval.shape[axis] for var, _ in known}
+                free = any(axis in axes.get(var, ()) for var, axes in known)
                 if len(sizes) == 1 and not free and size not in sizes:
                     return True
         return False
