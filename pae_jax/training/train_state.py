@@ -19,8 +19,8 @@ from pae_jax.nets import Net, Rngs, read_inputs
 from pae_jax.training import gated
 from pae_jax.training import task_arrays as arrays
 from pae_jax.training.optimizer import holds, require_state_of, transformation
-from pae_jax.training.pickling import from_state_dict, picklable, to_state_dict
 from pae_jax.training.places import find_all, take
+from pae_jax.training.serialization import from_state_dict, picklable, to_state_dict
 from pae_jax.training.task_arrays import Params
 from pae_jax.training.variables import (
     joined,
