@@ -2,6 +2,7 @@
 
 from pae_jax.core.committing import commit as commit
 from pae_jax.core.expansion import expand as expand
+from pae_jax.core.expansion import require_expandable as require_expandable
 from pae_jax.core.flax import as_flax as as_flax
 from pae_jax.core.flax import task_variables as task_variables
 from pae_jax.core.gating import gate as gate

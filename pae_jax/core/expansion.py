@@ -79,8 +79,14 @@ def expand(
     check_net(net)
     width = _check_call(state, width)
     maps = _analyse(net, state.width, width, overrides)
-    if not maps.preserved and not accept_changes:
-        raise _refusal(maps, state.width, width)
+    if not accept_changes:
+        _require_preserved(
+            maps,
+            state.width,
+            width,
+            "pass accept_changes=True: old tasks stay bit-identical at their own width, but the next task finds older "
+            "knowledge altered",
+        )
     weights_key, local_key = jax.random.split(check_key(key))
     drawn, drawn_local = placement.drawn_wider(net, weights_key, width, state)
     shared = placement.widened(maps, {PARAMS: state.shared}, {PARAMS: drawn})[PARAMS]
@@ -95,6 +101,11 @@ def expand(
     if maps.preserved:
         _check_function(net, state, wide, drawn_local, local_key)
     return wide
+
+
+def require_expandable(net: Net, narrow: float, wide: float, otherwise: str) -> None:
+    """Raise `NotPreservableError`, which says what to do otherwise, if `expand` would refuse these widths."""
+    _require_preserved(_analyse(net, narrow, wide, None), narrow, wide, otherwise)
 
 
 def _check_call(state: State, width: float) -> float:
@@ -120,15 +131,15 @@ def _analyse(net: Net, narrow: float, wide: float, overrides: Any) -> WidenMaps:
     return maps
 
 
-def _refusal(maps: WidenMaps, narrow: float, wide: float) -> NotPreservableError:
+def _require_preserved(maps: WidenMaps, narrow: float, wide: float, otherwise: str) -> None:
+    if maps.preserved:
+        return
     reasons = tuple(str(reason) for reason in maps.reasons)
     more = len(reasons) - 1
     others = f" ({more} more {'place' if more == 1 else 'places'} in this error's `.reasons`)" if more else ""
-    return NotPreservableError(
+    raise NotPreservableError(
         f"from width {narrow} to {wide} the network would not compute the old function on the old weights: "
-        f"{reasons[0]}{others}\n"
-        "Change the model there, or pass accept_changes=True: old tasks stay bit-identical at their own width, but the "
-        "next task finds older knowledge altered.",
+        f"{reasons[0]}{others}\nChange the model there, or {otherwise}.",
         reasons,
     )
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pae_jax.checks import check_count, check_number
-from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, spread_arrays
+from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, require_expandable, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
+from pae_jax.lifelong.policy import next_width, starting_width
 from pae_jax.lifelong.recipes import Ladder, Recipe
 from pae_jax.lifelong.run_folder import Run, folder_name
 from pae_jax.lifelong.settings import facts_of
@@ -114,7 +115,20 @@ def check_task(
             "steps; give data with a length, or constant rates and ramp=0"
         )
     checked.check_objective(state.width, recipe.batch_size)
+    if first:
+        _check_expansion(net, state, recipe, goal)
     return replace(checked, facts=facts_of(task, recipe))
+
+
+def _check_expansion(net: Net, state: State, recipe: Recipe, goal: float | None) -> None:
+    """Raise `NotPreservableError` if the recipe may have to expand a network that cannot be."""
+    width = starting_width(net, state, recipe)
+    if width == state.width and recipe.expansion is not None:
+        aims = goal is not None or recipe.goal is not None or recipe.expansion.floor is not None
+        width = next_width(net, width, recipe.expansion) if aims else None
+    if width is not None and width > state.width:
+        otherwise = f"keep the width: dataclasses.replace(recipe, expansion=None) of recipe {recipe.name!r}"
+        require_expandable(net, state.width, width, otherwise)
 
 
 def _check_gain(task: Task, ladder: Ladder | None) -> None:

@@ -29,7 +29,7 @@ def require_single_answers(net: Net, head: Any, width: float) -> None:
     """Raise `StructureError` if evaluation draws random numbers or mixes the examples of a batch.
 
     Backbone and head run with random weights, on batches that have some rows in common. It is a trial, not a proof.
-    Random numbers of NumPy, drawn when a model is traced, are seen by tracing it twice.
+    Random numbers of NumPy, drawn when a model is built or traced, are seen by doing it twice.
     """
     for part in _parts(net, head, width):
         _ASKED.get(part.key, functools.partial(_ask, part, net.couples_examples))
@@ -45,20 +45,26 @@ def program_digest(net: Net, head: Any, width: float) -> str:
 
 
 class _Part(NamedTuple):
-    """A backbone or a head module: its name, key in caches, program, abstract inputs, and their values if known."""
+    """A backbone or a head module: its name, key in caches, program, what makes that program anew, and its inputs.
+
+    Inputs are abstract; `example` has their values if they are known.
+    """
 
     name: str
     key: Any
     program: Program
+    rebuilt: Callable[[], Program]
     sample: Tree
     example: Tree | None
 
 
 def _parts(net: Net, head: Any, width: float) -> list[_Part]:
-    found = [_Part(net.source, (net, width), net.program(width), net.sample, net.example)]
+    build = functools.partial(net.build, width)
+    found = [_Part(net.source, (net, width), net.program(width), build, net.sample, net.example)]
     if head is not None and not isinstance(head, int):
         key, features = (net, width, heads.key_of(head)), net.layout(width).features
-        found.append(_Part(f"head {type(head).__name__}", key, heads.program(head), features, None))
+        build = functools.partial(heads.program, head)
+        found.append(_Part(f"head {type(head).__name__}", key, build(), build, features, None))
     return found
 
 
@@ -142,14 +148,14 @@ class _Trial:
         self.variables = jax.tree_util.tree_map_with_path(_weights, shapes)
         self.rows = batch_size(sample) if couples_examples else _MANY
 
-        def traced() -> Any:
+        def traced(program: Program) -> Any:
             x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.rows, *leaf.shape[1:]), leaf.dtype), sample)
             return _traced(program, self.variables, x, _asked(self.rows))
 
-        self.lowered = _same_each_time(part.name, traced).lower()
+        self.lowered = _same_each_time(part, traced).lower()
         if not couples_examples and (self.lowered.cost_analysis() or {}).get("flops", np.inf) > _OPERATIONS:
             self.rows = _FEW
-            self.lowered = traced().lower()
+            self.lowered = traced(program).lower()
 
     def digest(self) -> str:
         """Return the digest of the program's text."""
@@ -195,17 +201,22 @@ def _traced(program: Program, variables: Tree, x: Tree, rows: list[int]) -> Any:
     return jax.jit(run).trace(variables, x, np.uint32(0))
 
 
-def _same_each_time(name: str, trace: Callable[[], Any]) -> Any:
-    """Return a trace of a program; raise `StructureError` if the next one differs."""
-    first, second = trace(), trace()
-    # Names of mapped axes may be found in the first trace, which then has the operations up to there twice.
-    if same_trace(first.jaxpr, second.jaxpr) or same_trace(second.jaxpr, trace().jaxpr):
+def _same_each_time(part: _Part, trace: Callable[[Program], Any]) -> Any:
+    """Return a trace of a program; raise `StructureError` if the next one, or that of the program built anew, differs.
+
+    Names of mapped axes may be found in the first trace, which then has the operations up to there twice.
+    """
+    first, anew = trace(part.program), trace(part.rebuilt())
+    if same_trace(first.jaxpr, anew.jaxpr):
+        return first
+    second = trace(part.program)
+    if same_trace(second.jaxpr, anew.jaxpr) and same_trace(second.jaxpr, trace(part.program).jaxpr):
         return second
     hint = (
-        "Random numbers of NumPy or Python are drawn anew in every compilation, which would change the answers of "
-        "frozen tasks: draw them from a fixed seed, or keep them in a parameter or variable of the model."
+        "Random numbers of NumPy or Python are drawn anew in every process or compilation, which would change the "
+        "answers of frozen tasks: draw them from a fixed seed, or keep them in a parameter or variable of the model."
     )
-    raise StructureError(name, "", "a constant that changes from trace to trace", "the same one in every trace", hint)
+    raise StructureError(part.name, "", "a constant that changes from trace to trace", "the same one each time", hint)
 
 
 def _weights(path: Any, leaf: Any) -> np.ndarray:

@@ -330,6 +330,32 @@ def test_a_gain_of_a_metric_that_no_epoch_has_is_refused_before_anything_is_trai
         learn(empty, task, dataclasses.replace(IDLE, goal="baseline", ladder=ladder))
 
 
+class LayerNormed(nn.Module):
+    """A network that cannot be expanded: the norm of a wider one divides by more channels."""
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm()(nn.Dense(int(4 * self.width))(x))
+
+
+@pytest.mark.parametrize("options", [{"goal": "baseline"}, {"goal": None, "expansion": Expansion(1.0, 2.0, floor=0.9)}])
+def test_a_recipe_that_may_have_to_expand_a_network_that_cannot_be_is_refused_before_anything_is_trained(
+    learn, no_training, options
+):
+    recipe = dataclasses.replace(IDLE, **({"expansion": Expansion(0.5, 2.0)} | options))
+    net = pae.linen(LayerNormed, jnp.zeros((1, 4)))
+    with pytest.raises(pae.NotPreservableError, match=r"LayerNorm_0.*(?s:.*)expansion=None\) of recipe 'idle'"):
+        learn(pae.init(net, jax.random.key(0)), make_task(), recipe, net=net)
+
+
+def test_a_network_that_cannot_be_expanded_is_learned_where_the_recipe_never_has_to(learn):
+    net = pae.linen(LayerNormed, jnp.zeros((1, 4)))
+    recipe = dataclasses.replace(PLAIN, expansion=Expansion(0.5, 2.0))
+    assert learn(pae.init(net, jax.random.key(0)), make_task(), recipe, net=net).status.added
+
+
 @pytest.fixture
 def from_bundle(net, frozen, tmp_path):
     """A network as a bundle gives it, without the backbone's local variables."""

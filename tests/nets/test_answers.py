@@ -138,6 +138,7 @@ def shifted_otherwise(self, x):
 CHANGING = {
     "Linen": lambda **o: pae.linen(lambda width: RandomFeatures(), VECTOR, **o),
     "NNX": lambda **o: pae.nnx(NnxScaled, VECTOR, **o),
+    "build": lambda **o: pae.linen(lambda width: RandomFeatures(seed=next(TURN)), VECTOR, **o),
 }
 CHANGES = "a constant that changes from trace to trace.*fixed seed"
 
