@@ -56,11 +56,11 @@ def load(folder: Path | None) -> TextEncoder:
 
 
 def tiny(words: int = 96) -> TextEncoder:
-    """Return a random encoder of two layers, for trials and tests."""
+    """Return a random encoder of one layer, for trials and tests."""
 
     def build(width: float) -> pae.models.Bert:
         return pae.models.Bert(
-            vocabulary=words + 2, size=32, depth=2, heads=4, hidden=round(64 * width), positions=32, dropout=0.0
+            vocabulary=words + 2, size=32, depth=1, heads=4, hidden=round(64 * width), positions=32, dropout=0.0
         )
 
     def tokenise(sentences: Sequence[str], length: int) -> Batch:
