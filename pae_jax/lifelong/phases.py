@@ -154,8 +154,8 @@ class Ladder:
         tasks will follow, and this is the first task or the network cannot be expanded, the best rung is taken instead,
         because later tasks need free weights.
       misses: consecutive rungs below the goal that end the ladder, at least 1; None tries all rungs.
-      floor: the ladder ends at a rung whose metric on the training data is not better than this; None disables this
-        rule.
+      floor: the ladder ends at a rung whose metric on the training data, without its augmentation, is not better than
+        this; None disables this rule.
       equal_share: use one rung that leaves each later task as many weights as this one keeps, `1 - 1 / (upcoming + 1)`.
       of: what the fractions refer to, as for `pae.prune`.
       scope: as for `pae.prune`.
@@ -237,8 +237,8 @@ class Expansion:
       step: added to the size ratio (number of weights over that at width 1) each time, at least 1e-6. If that makes no
         layer larger, it is added again.
       maximum: largest size ratio, finite and at least 1; it is never exceeded.
-      floor: the network is also expanded if the metric on the training data is not better than this after training;
-        None uses only the goal.
+      floor: the network is also expanded if the metric on the training data, without its augmentation, is not better
+        than this after training; None uses only the goal.
 
     Raises:
       ArgumentError: a value outside its range.

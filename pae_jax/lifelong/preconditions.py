@@ -94,9 +94,9 @@ def check_task(
         _check_gain(task, ladder)
     if task.train is None:
         raise ArgumentError(f"task {task.name!r} has no training data: train=None")
-    checked = CheckedTask.of(net, task, state.width, recipe.batch_size)
-    assert checked.train is not None
     floored = any(part is not None and part.floor is not None for part in (ladder, recipe.expansion))
+    checked = CheckedTask.of(net, task, state.width, recipe.batch_size, floored)
+    assert checked.train is not None
     for part in (checked.val, checked.test, checked.train if floored else None):
         checked.check_accuracy(part, state.width)
     if (

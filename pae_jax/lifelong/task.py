@@ -195,9 +195,9 @@ def _one_number(task: Task, value: Any) -> float:
     )
 
 
-def _fed(task: Task, part: str, form: Form, batch_size: int) -> Feed | None:
-    """Return a part of a task's data in batches, whose errors name task and part."""
-    data, place = getattr(task, part), f"task {task.name!r}, {part}"
+def _fed(task: Task, part: str, form: Form, batch_size: int, how: str = "") -> Feed | None:
+    """Return a part of a task's data in batches, whose errors name task and part, and how it is read."""
+    data, place = getattr(task, part), f"task {task.name!r}, {part}{how}"
     if data is None:
         return None
     with found_at(place):
@@ -224,6 +224,7 @@ class CheckedTask:
       task: the task.
       objective: its loss and metrics.
       train, val, test: its data in batches; None if there is none.
+      plain: the training data without the augmentation, as a floor measures it; None if that is `train`.
       facts: what its objects and its recipe held when it was checked, for the settings of a run.
     """
 
@@ -233,11 +234,12 @@ class CheckedTask:
     train: Feed | None
     val: Feed | None
     test: Feed | None
+    plain: Feed | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, net: Net, task: Task, width: float, batch_size: int) -> CheckedTask:
-        """Check the data of a task."""
+    def of(cls, net: Net, task: Task, width: float, batch_size: int, floored: bool = False) -> CheckedTask:
+        """Check the data of a task; `floored` says whether its metric will be measured on the training data."""
         wanted = objective(task.loss, task.loss_per, None)
         if task.metric.measure is None and task.loss is not None:
             wanted = replace(wanted, metrics=(("accuracy", _accuracy_of_classes),))
@@ -245,7 +247,10 @@ class CheckedTask:
         plain = form(net, width, task.head, task.loss is None)
         train = _fed(task, "train", shape, batch_size)
         val, test = (_fed(task, part, plain, EVAL_BATCH) for part in ("val", "test"))
-        return cls(net, task, wanted, train, val, test)
+        measured = None
+        if floored and task.augment is not None and isinstance(task.metric.measure, (MeanOf, type(None))):
+            measured = _fed(task, "train", plain, batch_size, " without its augmentation, as a floor measures it")
+        return cls(net, task, wanted, train, val, test, measured)
 
     @property
     def training_data(self) -> Feed:
@@ -308,6 +313,8 @@ class CheckedTask:
     def measured(self, state: State, part: str) -> float:
         """Return the metric of the task on "train", "val" or "test" data."""
         task, data = self.task, getattr(self, part)
+        if part == "train" and self.plain is not None:
+            data = self.plain
         if task.metric.measure is None:
             return evaluate_state(self.net, state, task.name, data, self.objective)["accuracy"]
         known = data if isinstance(task.metric.measure, MeanOf) else getattr(task, part)

@@ -298,6 +298,28 @@ def test_the_ladder_ends_at_a_rung_that_is_not_above_the_floor_on_training_data(
         assert [record.train_value is None for record in outcome.records[1:]] == [floor is None] * count
 
 
+def test_a_floor_takes_training_data_that_fit_the_network_without_their_augmentation(learn, empty, no_training):
+    """Bytes that the augmentation scales would be measured as numbers up to 255; a measure of one's own reads them."""
+    x, y = make_task().train
+    scaled = {"train": ((x * 30 + 128).astype(np.uint8), y), "augment": lambda key, x: x.astype(jnp.float32) / 255}
+    ladder = dataclasses.replace(STEPS, floor=0.5, choose="last")
+    accuracy = pae.Metric("accuracy of mine", pae.MeanOf(lambda logits, y: logits.argmax(-1) == y))
+    for recipe in (
+        dataclasses.replace(PLAIN, ladder=ladder),
+        dataclasses.replace(PLAIN, goal=0.5, expansion=Expansion(0.5, 1.5, floor=0.5)),
+    ):
+        for options in ({}, {"metric": accuracy}):
+            with pytest.raises(pae.StructureError, match=r"'a', train without its augmentation.*floor.*found uint8"):
+                learn(empty, make_task(**scaled, **options), recipe)
+
+
+def test_a_floor_measures_training_data_without_their_augmentation(net, learn, empty):
+    ladder = dataclasses.replace(STEPS, floor=0.0, choose="last")
+    task = make_task(augment=lambda key, x: x + jax.random.normal(key, x.shape))
+    outcome = learn(empty, task, dataclasses.replace(PLAIN, ladder=ladder))
+    assert outcome.records[-1].train_value == pae.evaluate(net, outcome.state, "a", task.train)["accuracy"]
+
+
 def test_misses_in_a_row_end_the_ladder_and_the_best_rung_before_them_is_kept(learn, empty):
     left = measured_by(lambda state: 1 - pae.free_fraction(state))
     ladder = Ladder((0.1, 0.3, 0.5, 0.7, 0.9), NONE, ramp=0.0, misses=2)
