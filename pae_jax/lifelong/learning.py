@@ -240,7 +240,9 @@ def _learn_all(
             stages[task.name] = ask("stage", lambda run=run, folder=folder: run.stage_digest(folder))
         rows[task.name] = _measured_after(session, outcome, measured, folder, stages)
         # Only the test data is needed from now on.
-        measured[-1] = replace(checked, task=replace(task, train=None, val=None), train=None, val=None, plain=None)
+        measured[-1] = replace(
+            checked, task=replace(checked.task, train=None, val=None), train=None, val=None, plain=None
+        )
     return Stream(state, tuple(outcomes), matrix_of(rows))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pae_jax.checks import check_choice, check_flag, check_kind, check_name, takes
 from pae_jax.core import State, find
 from pae_jax.errors import ArgumentError, found_at, kind_of
-from pae_jax.nets import Net, examples
+from pae_jax.nets import Net, examples, heads
 from pae_jax.training import (
     EVAL_BATCH,
     Augment,
@@ -240,6 +240,7 @@ class CheckedTask:
     @classmethod
     def of(cls, net: Net, task: Task, width: float, batch_size: int, floored: bool = False) -> CheckedTask:
         """Check the data of a task; `floored` says whether its metric will be measured on the training data."""
+        task = replace(task, head=heads.check_head(task.head))
         wanted = objective(task.loss, task.loss_per, None)
         if task.metric.measure is None and task.loss is not None:
             wanted = replace(wanted, metrics=(("accuracy", _accuracy_of_classes),))

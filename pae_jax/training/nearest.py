@@ -11,7 +11,7 @@ import numpy as np
 from pae_jax.checks import check_key
 from pae_jax.core import State, check_state, names
 from pae_jax.errors import ArgumentError
-from pae_jax.nets import Net, as_inputs, check_net
+from pae_jax.nets import Net, as_inputs, check_net, heads
 from pae_jax.training.batches import Augment, Feed, Form, feed, form
 from pae_jax.training.evaluation import EVAL_BATCH, features
 from pae_jax.training.losses import class_numbers
@@ -68,7 +68,7 @@ def nearest_task(
     check_state(state)
     check_net(net)
     check_key(key)
-    shape = form(net, state.width, head, True, augment)
+    shape = form(net, state.width, heads.check_head(head), True, augment)
     return nearest_of(state, shape, feed(data, shape, batch_size), key)
 
 

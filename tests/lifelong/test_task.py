@@ -170,6 +170,12 @@ def test_mean_of_refuses_values_that_are_not_one_per_example(net, frozen, data, 
 # Task
 
 
+def test_a_head_may_be_a_number_of_numpy_such_as_one_more_than_the_largest_label(net, data):
+    checked = CheckedTask.of(net, pae.Task("a", data[1].max() + 1, data, data), 1.0, 8)
+    assert (checked.task.head, type(checked.task.head)) == (2, int)
+    checked.check_objective(1.0, 8)
+
+
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_a_task_needs_a_name(name, data):
     with pytest.raises(pae.ArgumentError, match="non-empty string"):

@@ -39,6 +39,7 @@ def test_the_task_whose_features_tell_the_classes_apart_is_the_nearest(net, two,
     x = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
     labels = (x[:, 0] > 0).astype(np.int32)
     assert pae.nearest_task(net, two, (x, labels), head=2, key=KEY) == "seeing"
+    assert pae.nearest_task(net, two, (x, labels), head=labels.max() + 1, key=KEY) == "seeing"
     in_order = np.argsort(labels)
     assert pae.nearest_task(net, two, (x[in_order], labels[in_order]), head=2, key=KEY) == "seeing"
     shifted = of(net, (x - 50.0, labels), augment=lambda key, x: x + 50.0)
