@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +32,19 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str
     """Raise unless a value is of a class; `wanted` says what, and how one is made."""
     if not isinstance(value, kind):
         raise ArgumentError(f"{name} must be {wanted}, found {kind_of(value)}")
+
+
+def check_mapping(name: str, value: Any, wanted: str) -> dict[str, Any]:
+    """Return a mapping as a dict, an empty one for None; `wanted` says what it holds, such as "{task: value}"."""
+    check_kind(name, {} if value is None else value, Mapping, f"a dict {wanted}")
+    return dict(value or {})
+
+
+def check_names(name: str, value: Any) -> list[Any]:
+    """Return a collection of names as a list; a single name is none."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} must be a collection of names, found {value!r}; one name goes into a list")
+    return list(value)
 
 
 def takes(function: Any, count: int) -> bool:

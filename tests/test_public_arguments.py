@@ -99,6 +99,38 @@ def test_metrics_in_a_list_are_refused_by_name(net, packed, data):
         pae.evaluate(net, packed, "a", data, metrics=["accuracy"])
 
 
+def test_what_is_no_dict_or_no_collection_of_names_is_refused_by_the_arguments_name(net, frozen, data, tmp_path):
+    task, key, recipe = pae.Task("b", 2, data, data), jax.random.key(0), pae.recipes.finetune()
+    pae.save(tmp_path / "stage", frozen)
+    pae.write_bundle(tmp_path / "bundle", net, frozen)
+    calls = {
+        "goals": lambda wrong: pae.learn_all(net, frozen, [task], recipe, key=key, goals=wrong),
+        "heads": lambda wrong: pae.load(net, tmp_path / "stage", heads=wrong),
+        "heads ": lambda wrong: pae.read_bundle(net, tmp_path / "bundle", heads=wrong),
+        "data": lambda wrong: pae.write_bundle(tmp_path / "new", net, frozen, data=wrong),
+        "data ": lambda wrong: pae.Server(net, frozen).task_inference_accuracy(wrong),
+        "learned": lambda wrong: pae.transfer(frozen, learned=wrong),
+        "alone": lambda wrong: pae.transfer(frozen, alone=wrong),
+    }
+    for name, call in calls.items():
+        for wrong in (0.9, ["a"], data):
+            with pytest.raises(pae.ArgumentError, match=f"^{name.strip()} must be a dict {{task: .*found a value of"):
+                call(wrong)
+    for name, call in {
+        "tasks": lambda wrong: pae.write_bundle(tmp_path / "new", net, frozen, tasks=wrong),
+        "tasks ": lambda wrong: pae.Server(net, frozen, tasks=wrong),
+        "platforms": lambda wrong: pae.export(net, frozen, "a", platforms=wrong),
+    }.items():
+        with pytest.raises(pae.ArgumentError, match=f"^{name.strip()} must be a collection of names, found 5"):
+            call(5)
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_may_come_from_a_generator(net, frozen, tmp_path):
+    header = pae.write_bundle(tmp_path / "new", net, frozen, tasks=(name for name in frozen.tasks))
+    assert [task["name"] for task in header["tasks"]] == list(pae.Server(net, frozen, tasks=iter(["a"])).tasks) == ["a"]
+
+
 def test_what_makes_no_module_of_the_right_kind_is_refused_at_once(vector_module):
     class Other(nnx.Module):
         def __init__(self, width, rngs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pae_jax.checks import check_count, check_number
+from pae_jax.checks import check_count, check_mapping, check_number
 from pae_jax.core import MAX_TASKS, State, find, integrity, names, newest, require_expandable, spread_arrays
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.lifelong.policy import next_width, starting_width
@@ -160,6 +160,7 @@ def check_stream(
     devices: Devices | None,
 ) -> dict[str, CheckedTask]:
     """Check a stream before any of it is learned; return the checked tasks, as far as all tasks are there already."""
+    check_mapping("goals", goals, "{task: value}")
     if len(state.tasks) + len(tasks) > MAX_TASKS:
         raise CapacityError(
             f"a network holds at most {MAX_TASKS} tasks; it has {len(state.tasks)} and {len(tasks)} are to come: use a "

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pae_jax import html
-from pae_jax.checks import check_number
+from pae_jax.checks import check_mapping, check_number
 from pae_jax.core import State, TaskState, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, UnknownTaskError
 from pae_jax.reports.page import text_table
@@ -114,7 +114,8 @@ def transfer(
     Source: the gain is the intransigence of Chaudhry et al., ECCV 2018, with the sign turned, task by task.
     """
     tasks = names(state)
-    known = {"learned": learned or {}, "alone": alone or {}}
+    given = {"learned": learned, "alone": alone}
+    known = {name: check_mapping(name, values, "{task: value}") for name, values in given.items()}
     for label, values in known.items():
         for task, value in values.items():
             if task not in state.tasks:

@@ -16,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_choice, check_count
+from pae_jax.checks import check_choice, check_count, check_names
 from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.nets import Net, task_function, traces
@@ -159,7 +159,7 @@ def export(
 def _platforms(platforms: Iterable[str] | None) -> list[str] | None:
     if platforms is None:
         return None
-    found = [platforms] if isinstance(platforms, str) else list(platforms)
+    found = [platforms] if isinstance(platforms, str) else check_names("platforms", platforms)
     for name in found:
         check_choice("platforms", name, _PLATFORMS)
     if not found:

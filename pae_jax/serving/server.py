@@ -6,13 +6,13 @@ run through the function that `predict` compiles, on the same operands, so outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from pae_jax.checks import check_choice, check_count
+from pae_jax.checks import check_choice, check_count, check_mapping, check_names
 from pae_jax.core import State, TaskState, find, integrity, names, ownership
 from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError, kind_of
 from pae_jax.nets import Net, apply_task, check_net, heads, inputs
@@ -154,11 +154,11 @@ class Server:
           order of the examples.
 
         Raises:
-          ArgumentError: `tasks` is a single name, or no collection.
+          ArgumentError: `tasks` is a single name, no collection, or one without an order of examples, as a set is.
           DataError: not one task per example.
           UnknownTaskError, PhaseError, StructureError: as `predict`.
         """
-        if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        if isinstance(tasks, (str, Set, Mapping)) or not isinstance(tasks, Iterable):
             given = f"the name {tasks!r}" if isinstance(tasks, str) else kind_of(tasks)
             raise ArgumentError(f"tasks must be one name or id per example, found {given}; use predict for one task")
         listed = tasks.tolist() if isinstance(tasks, (np.ndarray, jax.Array)) else list(tasks)
@@ -255,6 +255,7 @@ class Server:
           UnknownTaskError, PhaseError, StructureError: as `predict`.
         """
         group = check_count("group", group, 1)
+        check_mapping("data", data, "{task: inputs}")
         columns = {task: self.tasks.index(self._name(task)) for task in data}
         counts = {task: inputs.checked(self._net, x)[1] for task, x in data.items()}
         if not counts or not min(counts.values()):
@@ -319,10 +320,9 @@ class Server:
 
 def _chosen(state: State, tasks: Iterable[str] | None) -> dict[str, TaskState]:
     """Return the records of the tasks to serve, in order of learning."""
-    if isinstance(tasks, str):
-        raise ArgumentError(f"tasks must be a collection of names, found the name {tasks!r}")
     order = names(state)
-    wanted = [name for name in order if state.tasks[name].frozen] or order if tasks is None else list(tasks)
+    frozen = [name for name in order if state.tasks[name].frozen]
+    wanted = frozen or order if tasks is None else check_names("tasks", tasks)
     for name in wanted:
         if not find(state, name).frozen:
             raise PhaseError("Server", name, "not frozen", "pae.predict; pae.freeze, then Server")

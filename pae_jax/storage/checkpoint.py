@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_flag, check_number
+from pae_jax.checks import check_flag, check_mapping, check_number
 from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.nets import Net, check_net, require_program
@@ -192,10 +192,11 @@ def load(
     Example: see `save`.
     """
     check_net(net)
+    modules = check_mapping("heads", heads, "{task: Flax module}")
     path = files.local_path(path)
     with _understood(path):
         facts, stored = contents(path)
-        template = stage.template(net, facts, dict(heads or {}))
+        template = stage.template(net, facts, modules)
         require_match(f"stage {path.name}", stored, stage.arrays_of(template), "Is it a stage of this model?")
         for name, entry in template.tasks.items() if same_program else ():
             require_program(net, entry.width, entry.head_spec, name, entry.program)

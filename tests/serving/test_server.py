@@ -461,8 +461,9 @@ def test_what_cannot_be_served_says_why(net, empty, third, data, edit_leaf):
         server.predict_mixed(["a", "b"], x)
     with pytest.raises(pae.ArgumentError, match="one name or id per example"):
         server.predict_mixed("a", x[:1])
-    with pytest.raises(pae.ArgumentError, match="one name or id per example, found None"):
-        server.predict_mixed(None, x[:1])
+    for wrong, found in ((None, "None"), ({"a", "b"}, "a value of type set"), ({"a": 0}, "a value of type dict")):
+        with pytest.raises(pae.ArgumentError, match=f"one name or id per example, found {found}"):
+            server.predict_mixed(wrong, x[: len(wrong or "1")])
     with pytest.raises(pae.ArgumentError, match="leave batch_size out inside jit"):
         jax.jit(lambda x: server.predict("a", x, batch_size=1))(x)
     assert len(server.predict_mixed((name for name in ["a"] * len(x)), x)) == len(x)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pae_jax.checks import check_mapping
 from pae_jax.core import Placement, State, integrity, layout_of, placement
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.nets import Net, check_net, heads, require_program
@@ -49,8 +50,9 @@ def read_bundle(
     Example: see `write_bundle`.
     """
     check_net(net)
+    modules = check_mapping("heads", heads, "{task: Flax module}")
     header, tensors = file.read(files.local_path(path))
-    specs = _specs(header, dict(heads or {}))
+    specs = _specs(header, modules)
     _require_model(net, header, specs)
     for entry in header["tasks"] if same_program else ():
         require_program(net, entry["width"], specs[entry["name"]], entry["name"], entry.get("program", ""))

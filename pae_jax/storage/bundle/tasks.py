@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax.checks import check_names
 from pae_jax.core import Picking, State, TaskState, find, integrity, layout_of, names, ownership
 from pae_jax.errors import ArgumentError, PhaseError, StructureError
 from pae_jax.trees import PARAMS, Tree, flatten
@@ -24,9 +25,7 @@ def chosen(state: State, tasks: Any, after: str | None) -> tuple[list[str], int]
         has all older ones, or also the older ones that the reader has.
     """
     order = names(state)
-    if isinstance(tasks, str) or (tasks is not None and not all(isinstance(name, str) for name in tasks)):
-        raise ArgumentError(f"tasks must be a collection of names, found {tasks!r}")
-    wanted = order if tasks is None else list(tasks)
+    wanted = order if tasks is None else check_names("tasks", tasks)
     for name in wanted if after is None else (*wanted, after):
         find(state, name)
     if after is not None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pae_jax.checks import check_choice
+from pae_jax.checks import check_choice, check_mapping
 from pae_jax.core import State, check_state, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
 from pae_jax.nets import Net, check_net
@@ -79,7 +79,8 @@ def write_bundle(
     check_net(net)
     spread_arrays.require_here("write_bundle", state)
     integrity.check(state, net)
-    return write_state(path, state, tasks, after, weights, local, lambda whole: _measured(net, whole, dict(data or {})))
+    examples = check_mapping("data", data, "{task: examples}")
+    return write_state(path, state, tasks, after, weights, local, lambda whole: _measured(net, whole, examples))
 
 
 def write_state(
