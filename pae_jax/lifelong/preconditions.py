@@ -125,7 +125,7 @@ def _check_expansion(net: Net, state: State, recipe: Recipe, goal: float | None)
     width = starting_width(net, state, recipe)
     if width == state.width and recipe.expansion is not None:
         aims = goal is not None or recipe.goal is not None or recipe.expansion.floor is not None
-        width = next_width(net, width, recipe.expansion) if aims else None
+        width = next_width(net, state.width, recipe.expansion) if aims else None
     if width is not None and width > state.width:
         otherwise = f"keep the width: dataclasses.replace(recipe, expansion=None) of recipe {recipe.name!r}"
         require_expandable(net, state.width, width, otherwise)
