@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pae_jax.errors import ArgumentError, kind_of
+from pae_jax.errors import ArgumentError, CheckpointError, kind_of
 from pae_jax.trees import describe
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -115,6 +120,20 @@ def check_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise ArgumentError(f"a task's name is a non-empty string, found {name!r}")
     return name
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return an absolute path of this machine, `~` expanded; raise `CheckpointError` for any other."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise CheckpointError(f"{text!r} is no path: it is empty, not text, or holds a NUL. Use another one.")
+    if _REMOTE.match(text):
+        raise CheckpointError(f"{text} is remote; stages and runs are local folders. Write to one, then copy it.")
+    try:
+        os.fsencode(text)
+        return Path(text).expanduser().absolute()
+    except (UnicodeError, RuntimeError, OSError) as error:  # no such user; no such working directory
+        raise CheckpointError(f"{text!r} is no path here: {error}. Use another one.") from error
 
 
 def check_key(key: Any, name: str = "key") -> jax.Array:

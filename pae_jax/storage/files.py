@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -18,26 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pae_jax.checks import local_path as local_path
 from pae_jax.errors import CheckpointError, PaeError
 
 ASIDE = ".saving-"
 """Start of the names of what is not whole yet."""
-
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return an absolute path of this machine, `~` expanded; raise `CheckpointError` for any other."""
-    text = os.fspath(path)
-    if not isinstance(text, str) or "\0" in text:
-        raise CheckpointError(f"{text!r} is no path: it is not text, or holds a NUL. Use another one.")
-    if _REMOTE.match(text):
-        raise CheckpointError(f"{text} is remote; stages and runs are local folders. Write to one, then copy it.")
-    try:
-        os.fsencode(text)
-        return Path(text).expanduser().absolute()
-    except (UnicodeError, RuntimeError, OSError) as error:  # no such user; no such working directory
-        raise CheckpointError(f"{text!r} is no path here: {error}. Use another one.") from error
 
 
 @contextlib.contextmanager
