@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -16,7 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_choice, check_count, check_names
+from pae_jax.checks import check_choice, check_count, check_names, local_path
 from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.nets import Net, task_function, traces
@@ -56,32 +57,39 @@ class TaskProgram:
         Raises:
           StructureError: inputs of a wrong shape or dtype.
         """
-        inputs = jax.tree.map(jnp.asarray, x)
-        operands = (inputs,) if self.arrays is None else (self.arrays, inputs)
         try:
-            return self._compiled(*operands)
+            inputs = jax.tree.map(jnp.asarray, x)
+            return self._compiled(*((inputs,) if self.arrays is None else (self.arrays, inputs)))
         except (TypeError, ValueError) as error:
-            wanted = ", ".join(map(str, self.exported.in_avals[-len(jax.tree.leaves(inputs)) :]))
+            wanted = ", ".join(map(str, self.exported.in_avals[len(self.arrays or ()) :]))
             text = str(error).splitlines()[0].partition(" Please see ")[0].rstrip(".")
             raise StructureError("input", "", text, wanted) from error
 
     def write(self, path: str | Path) -> None:
-        """Write the program to a new file, and weights that are beside it to `path` + ".npz".
+        """Write the program to a new file, and weights that are beside it to `path` + ".npz"; both or neither.
 
         Args:
-          path: the file; it must not exist, its folder is made if need be.
+          path: the file, on this machine; it must not exist, its folder is made if need be. `~` is the home folder.
 
         Raises:
-          CheckpointError: it exists or cannot be written.
+          CheckpointError: one of them exists, is remote or cannot be written.
         """
-        file = Path(path).expanduser().absolute()
+        file = local_path(path)
+        contents = {file: bytes(self.exported.serialize())}
+        if self.arrays is not None:
+            weights = io.BytesIO()
+            np.savez(weights, **self.arrays)  # pyright: ignore[reportArgumentType]
+            contents = {file.with_name(file.name + ".npz"): weights.getvalue()} | contents
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if self.arrays is not None:
-                content = io.BytesIO()
-                np.savez(content, **self.arrays)  # pyright: ignore[reportArgumentType]
-                _write(file.with_name(file.name + ".npz"), content.getvalue())
-            _write(file, bytes(self.exported.serialize()))
+            for place in contents:
+                if os.path.lexists(place):
+                    raise CheckpointError(f"{place} exists; choose another name, or remove it first")
+            with contextlib.ExitStack() as undone:
+                for place, content in contents.items():
+                    _write(place, content)
+                    undone.callback(place.unlink, missing_ok=True)
+                undone.pop_all()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot write the program {file}: {error}") from error
 
@@ -265,9 +273,7 @@ def _restored(array: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a new file, whole or not at all."""
-    if os.path.lexists(path):
-        raise CheckpointError(f"{path} exists; choose another name, or remove it first")
+    """Write a file, whole or not at all."""
     draft = path.with_name(f".saving-{secrets.token_hex(8)}")
     try:
         with draft.open("xb") as file:

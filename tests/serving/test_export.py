@@ -1,5 +1,6 @@
 """An exported task runs without this library and gives the bits of `predict`."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -137,7 +138,7 @@ def test_a_model_that_does_not_trace_for_any_length_is_refused_or_exported_for_o
 def test_wrong_arguments_and_inputs_are_named(net, frozen, empty, data, tmp_path):
     program = pae.export(net, frozen, "a", platforms=["cpu", "cuda"])
     assert program.exported.platforms == ("cpu", "cuda")
-    for x in (data[0][:, :3], data[0][:4].astype(np.int32), data[0][:0], {"x": data[0]}):
+    for x in (data[0][:, :3], data[0][:4].astype(np.int32), data[0][:0], {"x": data[0]}, "x", None):
         with pytest.raises(pae.StructureError, match="input"):
             program.call(x)
     for error, message, call in (
@@ -147,6 +148,8 @@ def test_wrong_arguments_and_inputs_are_named(net, frozen, empty, data, tmp_path
         (pae.ArgumentError, "platforms must name", lambda: pae.export(net, frozen, "a", platforms=[])),
         (pae.ArgumentError, "weights must be one of", lambda: pae.export(net, frozen, "a", weights="outside")),
         (pae.CheckpointError, "cannot write", lambda: program.write("/proc/nowhere/file")),
+        (pae.CheckpointError, "is remote", lambda: program.write("s3://bucket/file")),
+        (pae.CheckpointError, "is no path", lambda: program.write(None)),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -154,3 +157,27 @@ def test_wrong_arguments_and_inputs_are_named(net, frozen, empty, data, tmp_path
     with pytest.raises(pae.CheckpointError, match="exists"):
         program.write(tmp_path / "file")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_program_and_the_weights_beside_it_are_written_both_or_neither(net, frozen, tmp_path, monkeypatch):
+    program = pae.export(net, frozen, "a", weights="beside")
+    for there in ("file", "file.npz"):
+        (tmp_path / there).write_text("mine")
+        with pytest.raises(pae.CheckpointError, match=f"{there} exists"):
+            program.write(tmp_path / "file")
+        assert [file.name for file in tmp_path.iterdir()] == [there]
+        (tmp_path / there).unlink()
+    writes = []
+
+    def full(descriptor):
+        writes.append(descriptor)
+        if len(writes) == 2:
+            raise OSError(28, "disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(pae.CheckpointError, match="disk full"):
+            program.write(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+    program.write(tmp_path / "file")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "file.npz"]
