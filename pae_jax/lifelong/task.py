@@ -31,8 +31,10 @@ from pae_jax.training import (
     feed,
     form,
     in_training,
+    kinds_of,
     objective,
     predict,
+    require_apart,
 )
 from pae_jax.trees import abstract
 
@@ -92,10 +94,12 @@ class MeanOf:
     """A measure that averages one number per example, for `Metric(measure=)`.
 
     Attributes:
-      values: `(outputs, y) -> array (batch,)`.
+      values: `(outputs, y) -> array (batch,)`. The number of an example depends on no other example, unless the loss
+        of the task is of the batch; a measure of all examples together is a function for `Metric(measure=)`.
 
     Raises:
       ArgumentError: `values` is no function of two values.
+      DataError: `values` compares outputs with the labels of other examples, when it is called.
 
     Example:
       >>> import jax.numpy as jnp, pae_jax as pae
@@ -114,11 +118,19 @@ class MeanOf:
 
     def __call__(self, net: Net, state: State, task: str, data: Any) -> float:
         """Return the mean over data as for `pae.evaluate`."""
+        return self.mean(net, state, task, data, "example")
+
+    def mean(self, net: Net, state: State, task: str, data: Any, per: LossPer) -> float:
+        """Return the mean over data; `per` says whether numbers of examples may depend on the batch."""
         entry = find(state, task)
-        total, count = 0.0, 0
+        total, count, known = 0.0, 0, []
         # Arrays are passed as one batch, which `predict` splits, so that the task's weights are selected only once.
         for x, y in feed(data, form(net, entry.width, entry.head_spec, False), _WHOLE).epoch(0, None):
-            found = np.asarray(self.values(predict(net, state, task, x, batch_size=EVAL_BATCH), y))
+            out = predict(net, state, task, x, batch_size=EVAL_BATCH)
+            if per == "example" and kinds_of((x, y)) not in known:
+                require_apart("MeanOf(values)", self.values, abstract(out), abstract(y))
+                known.append(kinds_of((x, y)))
+            found = np.asarray(self.values(out, y))
             size = examples(x)
             self.check(found.shape, size)
             total, count = total + float(found.astype(np.float64).sum()), count + size
@@ -280,7 +292,7 @@ class CheckedTask:
                 in_training(shape, self.objective).check(*shape.trained(batch), train=True)
 
     def _check_measure(self, plain: Form, arrays: Batch) -> None:
-        """Raise `ArgumentError` if a `MeanOf` can be traced, and does not return one number per example."""
+        """Raise if a `MeanOf` can be traced, and does not return one number per example, or mixes examples."""
         measure = self.task.metric.measure
         if not isinstance(measure, MeanOf):
             return
@@ -290,6 +302,8 @@ class CheckedTask:
         except Exception:  # a function of NumPy arrays
             return
         measure.check(jnp.shape(found), examples(x))
+        if self.task.loss_per == "example":
+            require_apart(f"the metric {self.task.metric.name!r}", measure.values, plain.output(x), y)
 
     def check_accuracy(self, part: Feed | None, width: float) -> None:
         """Raise `ArgumentError` if the metric is the accuracy but the data in arrays has none."""
@@ -318,5 +332,6 @@ class CheckedTask:
             data = self.plain
         if task.metric.measure is None:
             return evaluate_state(self.net, state, task.name, data, self.objective)["accuracy"]
-        known = data if isinstance(task.metric.measure, MeanOf) else getattr(task, part)
-        return _one_number(task, task.metric.measure(self.net, state, task.name, known))
+        if isinstance(task.metric.measure, MeanOf):
+            return task.metric.measure.mean(self.net, state, task.name, data, task.loss_per)
+        return _one_number(task, task.metric.measure(self.net, state, task.name, getattr(task, part)))

@@ -6,6 +6,7 @@ from pae_jax.training.batches import Feed as Feed
 from pae_jax.training.batches import Form as Form
 from pae_jax.training.batches import feed as feed
 from pae_jax.training.batches import form as form
+from pae_jax.training.batches import kinds_of as kinds_of
 from pae_jax.training.choice import Best as Best
 from pae_jax.training.choice import Plateau as Plateau
 from pae_jax.training.evaluation import EVAL_BATCH as EVAL_BATCH
@@ -25,6 +26,7 @@ from pae_jax.training.losses import Objective as Objective
 from pae_jax.training.losses import accuracy as accuracy
 from pae_jax.training.losses import class_numbers as class_numbers
 from pae_jax.training.losses import objective as objective
+from pae_jax.training.losses import require_apart as require_apart
 from pae_jax.training.losses import softmax_cross_entropy as softmax_cross_entropy
 from pae_jax.training.nearest import nearest_of as nearest_of
 from pae_jax.training.nearest import nearest_task as nearest_task

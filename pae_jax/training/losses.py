@@ -108,8 +108,8 @@ class Objective:
                 raise DataError(
                     f"metric {name!r} must be one number per example, shape ({count},); found {found.shape}"
                 )
-            if self.per == "example" and _mixes(function, out, y):
-                raise DataError(_mixing(f"metric {name!r}", out, y))
+            if self.per == "example":
+                require_apart(f"metric {name!r}", function, out, y)
 
     def check_scalar(self, out: Tree, y: Tree) -> None:
         """Raise `DataError` if a scalar loss is no mean or sum over examples, so that evaluation cannot split it.
@@ -160,6 +160,12 @@ def with_accuracy(objective: Objective) -> Objective:
     """Return an objective that also measures the accuracy of class numbers."""
     known = dict(objective.metrics)
     return objective if "accuracy" in known else replace(objective, metrics=(*known.items(), ("accuracy", accuracy)))
+
+
+def require_apart(name: str, function: Values, out: Tree, y: Tree) -> None:
+    """Raise `DataError` if a function that gives one number per example mixes examples, as far as it can be traced."""
+    if _mixes(function, out, y):
+        raise DataError(_mixing(name, out, y))
 
 
 def _called(function: Any, out: Tree, y: Tree) -> jax.Array:
