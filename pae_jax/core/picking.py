@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pae_jax.arrays import Masks, Owners, Scores, Signs, TaskId, Weights
-from pae_jax.checks import check_number
+from pae_jax.checks import check_flag, check_number
 from pae_jax.core.selection import smallest
 from pae_jax.core.spread_arrays import whole
 from pae_jax.errors import ArgumentError, CheckpointError
@@ -54,6 +54,7 @@ class Picking:
     own: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("ternary", self.ternary)
         if self.top is not None and (not check_number("top", self.top, 0.0, 1.0) or self.ternary):
             raise ArgumentError(f"top must lie in (0, 1] and goes without ternary, found top={self.top!r}")
         if not isinstance(self.own, bool) or (self.own and self.ternary):

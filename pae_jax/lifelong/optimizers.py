@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pae_jax.checks import check_number
+from pae_jax.checks import check_flag, check_number
 from pae_jax.errors import ArgumentError
 
 
@@ -93,6 +93,7 @@ class Sgd:
     def __post_init__(self) -> None:
         _check_rate(self.learning_rate)
         check_number("momentum", self.momentum, 0.0, 1.0, open_end=True)
+        check_flag("nesterov", self.nesterov)
         _check_decay(self.weight_decay, self.decayed)
 
     def transformation(self) -> optax.GradientTransformation:
@@ -147,6 +148,8 @@ class Adam:
         check_number("b1", self.b1, 0.0, 1.0, open_end=True)
         check_number("b2", self.b2, 0.0, 1.0, open_end=True)
         check_number("epsilon", self.epsilon, 0.0)
+        check_flag("epsilon_hat", self.epsilon_hat)
+        check_flag("decoupled", self.decoupled)
         if isinstance(self.start, bool) or not isinstance(self.start, int) or not 0 <= self.start < 2**30:
             raise ArgumentError(f"start must be an integer of at least 0, found {self.start!r}")
         _check_decay(self.weight_decay, self.decayed)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pae_jax.checks import check_choice, check_count, check_fraction, check_kind, check_number
+from pae_jax.checks import check_choice, check_count, check_flag, check_fraction, check_kind, check_number
 from pae_jax.core import Of, Scope
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam, Optimizer, Sgd
@@ -48,6 +48,7 @@ class Rate:
     def __post_init__(self) -> None:
         check_number("initial rate", self.initial, 0.0)
         check_number("warmup", self.warmup, 0.0)
+        check_flag("cosine", self.cosine)
         pairs = isinstance(self.drops, (tuple, list)) and all(
             isinstance(drop, (tuple, list)) and len(drop) == 2 for drop in self.drops
         )
@@ -192,6 +193,8 @@ class Ladder:
 
     def __post_init__(self) -> None:
         check_kind("rungs", self.rungs, (tuple, list), "a tuple of fractions, such as (0.5, 0.7, 0.9)")
+        check_flag("equal_share", self.equal_share)
+        check_flag("prune_last", self.prune_last)
         for rung in self.rungs:
             check_fraction(rung, "rungs")
         check_kind("phase", self.phase, Phase, "of type Phase")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pae_jax.checks import check_choice, check_count, check_kind, check_number
+from pae_jax.checks import check_choice, check_count, check_flag, check_kind, check_number
 from pae_jax.core import SHARING, WEIGHT_INITS, Picking, WeightInit
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.describing import described
@@ -95,6 +95,7 @@ class Recipe:
         if self.picks_from == "nearest" and self.sharing != "picked":
             raise ArgumentError("picks_from='nearest' needs sharing='picked'")
         check_choice("budget_by", self.budget_by, ("gradient", "key"))
+        check_flag("allow_empty", self.allow_empty)
         check_count("batch_size", self.batch_size, 1)
         check_number("tolerance", self.tolerance, 0.0)
         if isinstance(self.goal, str):

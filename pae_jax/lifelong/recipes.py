@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pae_jax.checks import check_flag
 from pae_jax.core import Picking
 from pae_jax.errors import ArgumentError
 from pae_jax.lifelong.optimizers import Adam as Adam
@@ -52,6 +53,7 @@ def pae(experiment: Literal[1, 2] | None = None, *, expanded: bool = False) -> R
     """
     if experiment not in (None, 1, 2) or isinstance(experiment, bool):
         raise ArgumentError(f"experiment must be 1, 2, or None for the paper's description; found {experiment!r}")
+    check_flag("expanded", expanded)
     if expanded and experiment != 2:
         raise ArgumentError(f"expanded=True is a part of experiment=2, found experiment={experiment!r}")
     adam = Adam(epsilon=0.1, epsilon_hat=True, weight_decay=5e-4, decayed=("shared", "head"))
@@ -368,7 +370,7 @@ def pretrained(budget: float | None = None, *, step: float = 0.0125, reuse: bool
       `pae.freeze`. A task starts with exactly the pretrained function.
 
     Raises:
-      ArgumentError: `budget` is not in (0, 1].
+      ArgumentError: `budget` is not in (0, 1], or `reuse` is no bool.
 
     Example:
       >>> import pae_jax as pae
@@ -379,6 +381,7 @@ def pretrained(budget: float | None = None, *, step: float = 0.0125, reuse: bool
     Source: measured beside adapters in `examples/pretrained_text`; there `step` is chosen to give as many numbers as
     LoRA of rank 8 (Hu et al., ICLR 2022).
     """
+    check_flag("reuse", reuse)
     adamw = Adam(weight_decay=1e-4, decayed=("shared", "head"), decoupled=True)
     return Recipe(
         name="pretrained",
