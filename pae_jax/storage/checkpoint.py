@@ -264,11 +264,16 @@ def _facts(path: Path) -> dict[str, Any]:
     """Return the JSON of a stage, complete and as it was saved."""
     with files.disk_errors(f"cannot read the stage {path}"):
         if not path.is_dir():
-            raise CheckpointError(f"no stage at {path}: the folder does not exist")
+            there = "it is a file; pae.read_bundle reads a bundle" if path.is_file() else "the folder does not exist"
+            raise CheckpointError(f"no stage at {path}: {there}")
         if any(part in path.name for part in _HALF):
             raise CheckpointError(f"{path} is a half-written stage; it can be removed. Use the stage before it.")
         if not (path / orbax_arrays.JSON).exists():
-            raise CheckpointError(f"{path} is not a complete Orbax checkpoint: it has no {orbax_arrays.JSON}")
+            inside = sorted(
+                found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/{orbax_arrays.JSON}")
+            )
+            hint = f"; it holds stages, such as {inside[-1]}" if inside else ""
+            raise CheckpointError(f"{path} is not a complete Orbax checkpoint: it has no {orbax_arrays.JSON}{hint}")
     whole = files.as_json(path / orbax_arrays.JSON, files.read_bytes(path / orbax_arrays.JSON))
     facts = whole.get("custom_metadata") if isinstance(whole, dict) else None
     if not isinstance(facts, dict) or facts.get("format") != stage.FORMAT:

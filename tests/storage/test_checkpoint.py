@@ -719,11 +719,18 @@ def test_a_missing_stage_is_named(net, tmp_path):
         with pytest.raises(pae.CheckpointError, match=r"no stage at .*none: the folder does not exist"):
             call()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(pae.CheckpointError, match="file"):
+    with pytest.raises(pae.CheckpointError, match=r"file: it is a file; pae.read_bundle reads a bundle"):
         pae.load(net, tmp_path / "file")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(pae.CheckpointError, match="folder is not a complete Orbax checkpoint"):
+    with pytest.raises(pae.CheckpointError, match=r"folder is not a complete Orbax checkpoint: .*METADATA$"):
         pae.load(net, tmp_path / "folder")
+
+
+def test_the_folder_of_a_run_names_a_stage_in_it(net, empty, tmp_path):
+    pae.save(tmp_path / "01-a" / "frozen", empty)
+    for folder in (tmp_path, tmp_path / "01-a"):
+        with pytest.raises(pae.CheckpointError, match=r"it holds stages, such as .*/01-a/frozen$"):
+            pae.load(net, folder)
 
 
 def test_a_checkpoint_of_another_program_is_named(net, tmp_path):

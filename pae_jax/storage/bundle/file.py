@@ -63,6 +63,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Values stored as float32 are under the digests of their tasks instead, which `assembling.assembled` compares.
     """
     with files.disk_errors(f"no bundle at {path}"):
+        if path.is_dir():
+            raise CheckpointError(f"no bundle at {path}: Is a directory; pae.load reads a stage")
         raw = files.read_bytes(path)
     metadata = _metadata(raw, path)
     try:

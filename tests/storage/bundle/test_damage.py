@@ -180,7 +180,7 @@ def test_what_is_no_bundle_is_refused(net, tmp_path):
     (tmp_path / "huge").write_bytes(b"\xff" * 8 + b"{}")
     for name, message in {
         "missing": "No such file",
-        ".": "Is a directory",
+        ".": "Is a directory; pae.load reads a stage",
         "fifo": "no regular file",
         "plain": "is not a bundle",
         "text": "is not a bundle",
