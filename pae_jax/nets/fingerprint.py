@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from typing import Any
 
 import flax
@@ -14,11 +15,14 @@ from pae_jax.errors import StructureError
 from pae_jax.nets.answers import program_digest
 from pae_jax.nets.network import Net
 
+_DTYPE = re.compile(r"\w+(?=\[)")
+
 
 def fingerprint(net: Net, width: float, head: Any) -> str:
     """Return `digest by circumstances` of a task's program in evaluation.
 
     Only digests under the same circumstances can be compared: versions, machine, settings of JAX, sizes of the inputs.
+    Under these, inputs of another dtype are another program.
     """
     first = 0 if net.couples_examples else 1
     inputs = [f"{leaf.dtype}{list(leaf.shape[first:])}" for leaf in jax.tree.leaves(net.sample)]
@@ -41,11 +45,22 @@ def require_program(net: Net, width: float, head: Any, task: str, known: str) ->
     if not known:
         return
     now = fingerprint(net, width, head)
-    if now != known and now.partition(" by ")[2] == known.partition(" by ")[2]:
+    here, there = (_DTYPE.sub("", text.partition(" by ")[2]) for text in (now, known))
+    if now == known or here != there:
+        return
+    dtypes, before = (", ".join(_DTYPE.findall(text)) for text in (now, known))
+    if dtypes != before:
         raise StructureError(
             f"program of task {task!r}",
             "",
-            f"digest {now[:16]}",
-            f"{known[:16]}: the model or the head computes otherwise than the one it was packed with",
-            "Use that one, or pass same_program=False to take the weights all the same.",
+            f"inputs of {dtypes}",
+            f"{before}, by which it was packed",
+            "Make the net with such a sample, or pass same_program=False to take the weights all the same.",
         )
+    raise StructureError(
+        f"program of task {task!r}",
+        "",
+        f"digest {now[:16]}",
+        f"{known[:16]}: the model or the head computes otherwise than the one it was packed with",
+        "Use that one, or pass same_program=False to take the weights all the same.",
+    )

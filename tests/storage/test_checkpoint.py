@@ -1023,6 +1023,19 @@ def test_a_model_or_head_of_the_same_shapes_that_computes_otherwise_is_refused(t
     assert_same(pae.load(same, tmp_path / "stage", heads={"a": Tempered()}).shared, state.shared)
 
 
+def test_a_net_of_inputs_of_another_dtype_is_refused(net, frozen, tmp_path, vector_module):
+    """It would round the inputs before the task sees them."""
+    pae.save(tmp_path / "stage", frozen)
+    pae.write_bundle(tmp_path / "bundle", net, frozen)
+    other = pae.linen(vector_module, jnp.zeros((1, 4), jnp.bfloat16))
+    for read, name in ((pae.load, "stage"), (pae.read_bundle, "bundle")):
+        with pytest.raises(pae.StructureError, match=r"task 'a': found inputs of bfloat16, expected float32, by which"):
+            read(other, tmp_path / name)
+        assert read(other, tmp_path / name, same_program=False).tasks["a"].frozen
+    wide = pae.linen(vector_module, np.zeros((3, 4), np.float64))  # what JAX takes as float32
+    assert pae.load(wide, tmp_path / "stage").tasks["a"].frozen
+
+
 def test_a_program_is_the_same_whatever_was_packed_before_under_other_settings(net, tmp_path):
     for number, precision in enumerate(("highest", "float32", None)):
         with jax.default_matmul_precision(precision):
