@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pae_jax.errors import ArgumentError, UnknownTaskError
+from pae_jax.checks import check_mapping
+from pae_jax.errors import ArgumentError, UnknownTaskError, kind_of
 
 
 class AccuracyMatrix:
@@ -22,7 +23,7 @@ class AccuracyMatrix:
       values: (T, T) accuracies in [0, 1] to start from; None starts empty.
 
     Raises:
-      ArgumentError: a repeated name, another shape, or a value outside [0, 1].
+      ArgumentError: a repeated name, another shape, or a value that is no number in [0, 1].
 
     Example:
       >>> import pae_jax as pae
@@ -39,11 +40,7 @@ class AccuracyMatrix:
         if len(set(self.tasks)) != len(self.tasks) or not self.tasks:
             raise ArgumentError(f"tasks must be distinct names, at least one; found {list(self.tasks)}")
         shape = (len(self.tasks), len(self.tasks))
-        start = np.full(shape, np.nan) if values is None else np.array(values, np.float64)
-        if start.shape != shape:
-            raise ArgumentError(f"values must have shape {shape}, found {start.shape}")
-        _check_accuracy(start)
-        self._values = start
+        self._values = _accuracies("values", np.full(shape, np.nan) if values is None else values, shape)
 
     @property
     def values(self) -> np.ndarray:
@@ -52,8 +49,7 @@ class AccuracyMatrix:
 
     def record(self, after: str, on: str, accuracy: float) -> None:
         """Enter the accuracy in [0, 1] on task `on`, measured after task `after` was learned."""
-        _check_accuracy(np.asarray(accuracy, np.float64))
-        self._values[self._index(after), self._index(on)] = accuracy
+        self._values[self._index(after), self._index(on)] = _accuracies("accuracy", accuracy, ())
 
     def average_accuracy(self) -> float:
         """`mean_j R[T-1, j]`: accuracy over all tasks at the end (Lopez-Paz and Ranzato, 2017)."""
@@ -130,17 +126,25 @@ class AccuracyMatrix:
         return self.tasks.index(task)
 
 
-def _check_accuracy(values: np.ndarray) -> None:
+def _accuracies(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers in [0, 1], or NaN, of a shape; raise `ArgumentError` for any other."""
+    try:
+        values = np.array(given, np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be numbers of shape {shape}, found {kind_of(given)}") from None
+    if values.shape != shape:
+        raise ArgumentError(f"{name} must have shape {shape}, found {values.shape}")
     outside = values[~np.isnan(values) & ~((values >= 0.0) & (values <= 1.0))]
     if outside.size:
         raise ArgumentError(f"accuracies lie in [0, 1], found {float(outside.ravel()[0])}")
+    return values
 
 
 def _require_tasks(name: str, accuracies: Mapping[str, float], tasks: Sequence[str]) -> None:
-    missing = [task for task in tasks if task not in accuracies]
+    missing = [task for task in tasks if task not in check_mapping(name, accuracies, "{task: accuracy}")]
     if missing:
         raise ArgumentError(f"{name} lacks {missing}")
-    _check_accuracy(np.asarray([accuracies[task] for task in tasks], np.float64))
+    _accuracies(name, [accuracies[task] for task in tasks], (len(tasks),))
 
 
 def _mean(values: np.ndarray) -> float:

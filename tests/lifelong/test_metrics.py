@@ -131,6 +131,19 @@ def test_an_accuracy_outside_zero_to_one_is_refused_and_nothing_is_entered(accur
         AccuracyMatrix(["a"], [[accuracy]])
 
 
+def test_what_is_no_number_or_no_dict_of_them_is_refused():
+    m = AccuracyMatrix(["a", "b"])
+    for wrong in ("high", [0.5, [0.5]], [0.5, 0.6], {}):
+        with pytest.raises(ArgumentError, match=r"accuracy must (be numbers of|have) shape \(\), found"):
+            m.record(after="a", on="a", accuracy=wrong)
+    assert np.isnan(m.values).all()
+    with pytest.raises(ArgumentError, match=r"values must be numbers of shape \(2, 2\), found a value of type list"):
+        AccuracyMatrix(["a", "b"], [["x", 0.0], [0.0, 0.0]])
+    for call in (m.intransigence, m.forward_transfer):
+        with pytest.raises(ArgumentError, match=r"must be a dict {task: accuracy}, found a value of type float"):
+            call(0.5)
+
+
 def test_names_that_are_none_twice_or_unknown_are_refused():
     for names in ([], ["a", "a"]):
         with pytest.raises(ArgumentError, match="tasks must be distinct names, at least one"):
