@@ -226,7 +226,15 @@ def _checked(form: Form, batch: Any, where: str) -> Batch:
         seen = x = jax.tree.map(_native, read_inputs(form.net, x))
     else:
         x = jax.tree.map(lambda leaf: _numbers(leaf, f"{where}: x"), x)
-        made = jax.eval_shape(form.augment, jax.random.key(0), *jax.tree.map(_abstract, (x, y)))
+        given = jax.tree.map(_abstract, (x, y))
+        try:
+            made = jax.eval_shape(form.augment, jax.random.key(0), *given)
+        except (TypeError, ValueError, IndexError) as error:
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{where}: augment fails on x {sketch(given[0])} and y {sketch(given[1])}: {cause}. It is compiled "
+                "into the step, so it computes with jax.numpy; what NumPy or Python has to do belongs into the data."
+            ) from error
         if not isinstance(made, (tuple, list)) or len(made) != 2:
             raise ArgumentError(f"augment (key, x, y) must return (x, y), found {sketch(made)}")
         seen = made[0]

@@ -483,6 +483,11 @@ def test_an_augmentation_may_make_inputs_of_another_dtype_and_shape_but_they_mus
 def test_an_augmentation_returns_inputs_and_labels_and_draws_by_its_key(packed, quick_fit, data):
     with pytest.raises(pae.ArgumentError, match=r"augment \(key, x, y\) must return \(x, y\), found float32\[40,4\]"):
         quick_fit(packed, "a", data, augment=lambda key, x, y: x)
+    for wrong in (lambda key, x: np.asarray(x) + 1.0, lambda key, x: x[:, :3] + x, lambda key, x: x[x[:, 0] > 0]):
+        with pytest.raises(
+            pae.DataError, match=r"^data: augment fails on x float32\[40,4\] and y int32\[40\]: .*numpy"
+        ):
+            quick_fit(packed, "a", data, augment=wrong)
     noise = np.random.default_rng(0)
     with pytest.raises(pae.ArgumentError, match="augment is another program each time it is traced"):
         quick_fit(packed, "a", data, augment=lambda key, x: x + noise.normal(size=x.shape).astype(np.float32))
