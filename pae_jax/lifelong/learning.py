@@ -139,6 +139,9 @@ class Stream:
     outcomes: tuple[Outcome, ...]
     matrix: AccuracyMatrix | None
 
+    def __repr__(self) -> str:
+        return f"Stream({', '.join(f'{one.task!r} {one.status.value}' for one in self.outcomes) or 'no tasks'})"
+
     def _repr_html_(self) -> str:
         columns = ("task", "status", "validation", "goal", "test", "pruned", "size ratio")
         rows = [

@@ -177,6 +177,9 @@ class Outcome:
     width: float
     records: tuple[StageRecord, ...]
 
+    def __repr__(self) -> str:
+        return f"Outcome({str(self).splitlines()[0]}, {len(self.records)} stages)"
+
     def __str__(self) -> str:
         goal = "" if self.goal is None else f", goal {self.goal:.4f}"
         lines = [f"{self.task}: {self.status.value}, validation {self.value:.4f}{goal}, {self.pruned:.1%} pruned"]

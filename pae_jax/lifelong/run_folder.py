@@ -86,6 +86,9 @@ class Run:
             files.make_folder(self.path)
             files.remove_leftovers(self.path)
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, keep={self.keep!r})"
+
     @property
     def _writes(self) -> bool:
         """Whether this process writes."""

@@ -185,6 +185,10 @@ class Task:
         check_kind("metric", self.metric, Metric, wanted)
         check_choice("loss_per", self.loss_per, ("example", "batch"))
 
+    def __repr__(self) -> str:
+        parts = ", ".join(part for part in ("train", "val", "test") if getattr(self, part) is not None) or "no"
+        return f"Task({self.name!r}, head {self.head!r}, {parts} data, metric {self.metric.name!r})"
+
 
 def _accuracy_of_classes(logits: Any, labels: Any) -> jax.Array:
     """Return the accuracy of each example, or raise if labels are not class numbers, as a custom loss allows."""

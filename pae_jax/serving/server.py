@@ -97,6 +97,9 @@ class Server:
         self.nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((self._weights, self._at)))
         self._together: tuple[Callable[..., Any], Any] | None = None
 
+    def __repr__(self) -> str:
+        return f"Server({', '.join(map(repr, self.tasks))}; {self._resident}, {self.nbytes:,} bytes)"
+
     def predict(self, task: str | int, x: Tree, *, batch_size: int | None = None) -> jax.Array:
         """Return a task's logits, the same bits as `pae.predict` of this task on this batch.
 

@@ -1299,8 +1299,13 @@ def test_per_cent_for_a_fraction_is_refused_where_the_metric_is_an_accuracy(fiel
         learn(empty, make_task("a"), recipe)
 
 
-def test_an_outcome_and_a_stream_show_themselves_as_tables(learn_all):
-    stream = learn_all([make_task("a<b>")], ONE_SHOT)
+def test_an_outcome_and_a_stream_show_themselves_as_tables(learn_all, tmp_path):
+    task, run = make_task("a<b>"), pae.Run(tmp_path)
+    stream = learn_all([task], ONE_SHOT, run=run)
+    assert repr(stream) == "Stream('a<b>' learned)"
+    assert repr(stream.outcomes[0]).startswith("Outcome(a<b>: learned, validation 0.")
+    assert repr(task) == "Task('a<b>', head 2, train, val, test data, metric 'accuracy')"
+    assert repr(run) == f"Run({str(tmp_path)!r}, keep='frozen')"
     outcome = stream.outcomes[0]._repr_html_()
     assert "a&lt;b&gt;: learned" in outcome and outcome.count("<tr>") == 1 + len(stream.outcomes[0].records)
     whole = stream._repr_html_()

@@ -430,6 +430,7 @@ def test_a_task_that_is_not_frozen_is_refused(net, packed, third, data):
 def test_a_choice_of_tasks_is_served_and_the_others_are_unknown(net, third, data, assert_same):
     server = Server(net, third, tasks={"b"})
     assert server.tasks == ("b",)
+    assert repr(server) == f"Server('b'; weights, {server.nbytes:,} bytes)"
     assert_same(server.predict("b", data[0]), pae.predict(net, third, "b", data[0]))
     for task in ("a", 1, 99, None, True, ["b"]):
         with pytest.raises(pae.UnknownTaskError, match="this server has: 'b'"):
