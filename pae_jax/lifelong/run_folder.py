@@ -340,8 +340,13 @@ def matrix_of(rows: Mapping[str, Mapping[str, float]]) -> AccuracyMatrix | None:
     return matrix
 
 
+_COLUMNS = ("Task", "Stage", "Size ratio", "Pruned rate", "Epoch No.")
+
+
 def _row(record: StageRecord) -> dict[str, str]:
     metric = "Acc" if record.metric == "accuracy" else record.metric
+    if metric in (*_COLUMNS, *record.sizes):
+        metric = f"{metric} (metric)"
     row = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
     row |= {"Pruned rate": f"{record.pruned:.5f}", metric: f"{record.value:.5f}"}
     row |= {"Epoch No.": str(record.kept_epoch)}

@@ -154,13 +154,14 @@ def test_the_own_network_of_a_task_has_rows_of_its_own(finished):
     assert float(rows[0]["Acc"]) == pytest.approx(result.outcomes[0].goal, abs=1e-5)
 
 
-def test_a_metric_that_is_no_accuracy_has_a_column_of_its_own_name(learn_all, tmp_path):
-    error = pae.Metric("MAE", lambda net, state, task, data: 7.25, higher_is_better=False)
+@pytest.mark.parametrize(("name", "column"), [("MAE", "MAE"), ("Stage", "Stage (metric)")])
+def test_a_metric_that_is_no_accuracy_has_a_column_of_its_own_name(learn_all, tmp_path, name, column):
+    error = pae.Metric(name, lambda net, state, task, data: 7.25, higher_is_better=False)
     learn_all(tmp_path, [TASKS[0], make_task("years", 1, metric=error)], dataclasses.replace(RECIPE, goal=0.0))
     rows = table(tmp_path)
-    assert list(rows[0]) == [*COLUMNS, "MAE"]
+    assert list(rows[0]) == [*COLUMNS, column]
     years = [row for row in rows if row["Task"] == "years"]
-    assert {row["MAE"] for row in years} == {"7.25000"}
+    assert {row[column] for row in years} == {"7.25000"}
     assert {row["Acc"] for row in years} == {""}
     assert pae.Run(tmp_path).rows[-1].get("Acc") is None
 
