@@ -75,12 +75,12 @@ class TaskProgram:
           CheckpointError: one of them exists, is remote or cannot be written.
         """
         file = local_path(path)
-        contents = {file: bytes(self.exported.serialize())}
-        if self.arrays is not None:
-            weights = io.BytesIO()
-            np.savez(weights, **self.arrays)  # pyright: ignore[reportArgumentType]
-            contents = {file.with_name(file.name + ".npz"): weights.getvalue()} | contents
         try:
+            contents = {file: bytes(self.exported.serialize())}
+            if self.arrays is not None:
+                weights = io.BytesIO()
+                np.savez(weights, **self.arrays)  # pyright: ignore[reportArgumentType]
+                contents = {file.with_name(file.name + ".npz"): weights.getvalue()} | contents
             file.parent.mkdir(parents=True, exist_ok=True)
             for place in contents:
                 if os.path.lexists(place):

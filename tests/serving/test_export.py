@@ -179,5 +179,9 @@ def test_a_program_and_the_weights_beside_it_are_written_both_or_neither(net, fr
         with pytest.raises(pae.CheckpointError, match="disk full"):
             program.write(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+    unwritable = pae.pack(net, frozen, "no text \ud800", head=2, key=jax.random.key(0))
+    with pytest.raises(pae.CheckpointError, match=r"cannot write the program .*surrogates"):
+        pae.export(net, unwritable, weights="beside").write(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
     program.write(tmp_path / "file")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "file.npz"]
