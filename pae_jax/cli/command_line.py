@@ -193,7 +193,7 @@ def _net(text: str) -> tuple[Net, dict[str, Any]]:
     sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends Python, maybe with 0
         raise ArgumentError(f"--net {text} cannot be made: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())

@@ -121,6 +121,10 @@ def plain(): return pae.linen(Vector, jnp.zeros((1, 4)))
 def both(): return plain(), dict(b=nn.Dense(3))
 def other(): return pae.linen(pae.models.MLP, jnp.zeros((1, 4)))
 def nothing(): return 3
+def ends():
+    raise SystemExit(0)
+
+
 def fails(): raise OSError("no such\\nmodel")
 """
 
@@ -180,6 +184,7 @@ def test_errors_are_one_line_and_end_with_2(run, folder, tmp_path):
         "task 'b' differs": ("apply", folder / "2-b", folder / "b.delta", tmp_path / "out"),
         "pass --net": ("evaluate", folder / "1-a", *rest),
         "cannot be made: OSError: no such model": ("evaluate", folder / "1-a", *rest, "--net", "builder:fails"),
+        "cannot be made: SystemExit: 0": ("verify", folder / "1-a", "--net", "builder:ends"),
         "cannot be made: ModuleNotFoundError": ("evaluate", folder / "1-a", *rest, "--net", "nowhere:net"),
         "cannot be made: ValueError": ("evaluate", folder / "1-a", *rest, "--net", ""),
         "returned int": ("evaluate", folder / "1-a", *rest, "--net", "builder:nothing"),
