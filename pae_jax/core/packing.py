@@ -122,8 +122,8 @@ def pack(
       net: the network description the state was made with.
       state: the network; its newest task, if any, is frozen.
       task: name, not used before.
-      head: number of classes, for a linear layer on the features; a Flax module called on the features, a Linen one
-        without arrays in its fields; or None, where the features are the output.
+      head: number of classes, for a linear layer on the features; a Flax module called on the features, which are 0
+        when it is initialised, a Linen one without arrays in its fields; or None, where the features are the output.
       key: random key; draws local variables and head.
       sharing: which older weights the task sees: "all", "first" (those of task 1 only), or "picked" (those that it
         learns to pick, initially all; `fit` also trains the picks).

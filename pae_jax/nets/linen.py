@@ -141,7 +141,8 @@ def linen(
       build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for
         each width; if it depends on another setting, describe another net for each value.
       sample: an input batch, any tree of arrays (batch, ...), concrete or abstract. Its shapes and dtypes describe the
-        inputs; its integer values, if it has any, are used in trial runs of the model.
+        inputs. Its values, if it has any, are those on which the model is initialised, 0 if it has none; its integer
+        values are also used in trial runs of the model.
       packable: `(path, leaf) -> bool` over the float leaves of `params`, path like "Conv_0/kernel": True makes the
         leaf a shared weight, False a local variable kept once per task. Default: leaves of two or more axes.
       call: `(module, x, train) -> features`, for a module with another call, for instance with several inputs.

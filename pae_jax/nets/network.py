@@ -132,15 +132,14 @@ class Net:
         return _LAYOUTS.get((self, width), lambda: self._layout(width))
 
     def initial(self, key: jax.Array, width: float) -> tuple[Tree, Tree]:
-        """Draw `(shared, local)` with the model's own initialisers."""
-        return _INITS.get((self, width), lambda: jax.jit(lambda key: self._initial(key, width)))(key)
+        """Draw `(shared, local)` with the model's own initialisers, which may look at the sample's values."""
+        x = zeros(self.sample) if self.example is None else jax.tree.map(np.asarray, self.example)
+        init = lambda: jax.jit(lambda key, x: self.split(self.program(width).init(key, x)))  # noqa: E731
+        return _INITS.get((self, width), init)(key, x)
 
     def split(self, variables: dict[str, Tree]) -> tuple[Tree, Tree]:
         """Split the variables of a backbone into `(shared, local)`."""
         return trees.split(variables, lambda path, leaf: bool(self.packable(path, leaf)))
-
-    def _initial(self, key: jax.Array, width: float) -> tuple[Tree, Tree]:
-        return self.split(self.program(width).init(key, zeros(self.sample)))
 
     def _layout(self, width: float) -> Layout:
         program = self.program(width)
@@ -246,8 +245,12 @@ def read_sample(sample: Tree) -> tuple[Tree, Tree]:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)), arrays
     )
-    concrete = all(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in jax.tree.leaves(arrays))
-    return abstract, arrays if concrete and not is_traced(arrays) else None
+    concrete = not is_traced(arrays) and all(map(_has_values, jax.tree.leaves(arrays)))
+    return abstract, arrays if concrete else None
+
+
+def _has_values(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and leaf.is_fully_addressable)
 
 
 def read_free_axes(sample: Tree, axes: Any) -> dict[str, tuple[int, ...]]:

@@ -970,3 +970,18 @@ def test_a_sample_may_be_abstract_or_of_64_bits(assert_same):
         kernels.append(pae.init(net, jax.random.key(0)).shared)
     for other in kernels[1:]:
         assert_same(other, kernels[0])
+
+
+class Whitened(nn.Module):
+    """Scales that its first batch chooses, as in the activation norm of a flow."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x * self.param("scale", lambda key: 1 / (x.std(0, keepdims=True) + 1e-6)))
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_initial_values_that_a_model_takes_from_its_inputs_are_those_of_the_sample(array):
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    state = pae.init(pae.linen(lambda width: Whitened(), array(x)), jax.random.key(0))
+    np.testing.assert_allclose(state.local["params"]["scale"], 1 / x.std(0, keepdims=True), rtol=1e-4)
