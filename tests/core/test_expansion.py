@@ -14,6 +14,7 @@ from flax import nnx
 import pae_jax as pae
 from pae_jax import trees
 from pae_jax.core import ownership
+from pae_jax.nets import trial_inputs
 
 
 class Concat(nn.Module):
@@ -258,6 +259,27 @@ def test_expand_tries_the_model_on_the_samples_own_integers(guard, assert_same):
     for without in (jax.tree.map(np.zeros_like, sample), jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample))):
         with pytest.raises(pae.NotPreservableError, match=f"{message}.*state is unchanged; give the net a sample"):
             life(without)
+
+
+class Rectified(nn.Module):
+    """Features that are 0 unless the first input is large."""
+
+    width: float
+
+    @nn.compact
+    def __call__(self, x):
+        bias = nn.initializers.constant(-1.5)
+        h = nn.relu(nn.Dense(int(4 * self.width), kernel_init=nn.initializers.ones, bias_init=bias)(x[:, :1]))
+        return nn.Dense(3)(h)
+
+
+def test_features_that_are_0_for_the_few_examples_of_a_sample_are_compared_on_more(assert_same):
+    net = pae.linen(Rectified, jnp.zeros((1, 4)))
+    state = pae.freeze(pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1)), "a")
+    assert not pae.features(net, state, "a", trial_inputs(net, 1)).any()
+    wide = pae.expand(net, state, width=2.0, key=jax.random.key(2))
+    x = trial_inputs(net, 32)
+    assert_same(pae.predict(net, wide, "a", x), pae.predict(net, state, "a", x))
 
 
 class Outputs(nn.Module):
