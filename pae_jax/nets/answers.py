@@ -206,7 +206,7 @@ def _same_each_time(part: _Part, trace: Callable[[Program], Any]) -> Any:
 
     Names of mapped axes may be found in the first trace, which then has the operations up to there twice.
     """
-    first, anew = trace(part.program), trace(part.rebuilt())
+    first, anew = trace(part.program), _traced_anew(part, trace)
     if same_trace(first.jaxpr, anew.jaxpr):
         return first
     second = trace(part.program)
@@ -217,6 +217,15 @@ def _same_each_time(part: _Part, trace: Callable[[Program], Any]) -> Any:
         "answers of frozen tasks: draw them from a fixed seed, or keep them in a parameter or variable of the model."
     )
     raise StructureError(part.name, "", "a constant that changes from trace to trace", "the same one each time", hint)
+
+
+def _traced_anew(part: _Part, trace: Callable[[Program], Any]) -> Any:
+    """Trace the program built anew; raise `StructureError` if it does not take the variables of the first."""
+    try:
+        return trace(part.rebuilt())
+    except Exception as error:  # whatever a model raises for variables of another one
+        hint = "Make the model from the width alone; describe another net for each value of another setting."
+        raise StructureError(part.name, "", "another model when built again", "the same one each time", hint) from error
 
 
 def _weights(path: Any, leaf: Any) -> np.ndarray:

@@ -138,8 +138,8 @@ def linen(
     `is_eval`, `eval_mode`, `evaluation`, `test`, `is_test`, `test_mode`, `testing`. `call` sets any other.
 
     Args:
-      build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It is called once for
-        each width; if it depends on another setting, describe another net for each value.
+      build: `width -> flax.linen.Module`; width is a channel factor, 1.0 the nominal network. It makes the same model
+        at every call with one width; if it depends on another setting, describe another net for each value.
       sample: an input batch, any tree of arrays (batch, ...), concrete or abstract. Its shapes and dtypes describe the
         inputs. Its values, if it has any, are those on which the model is initialised, 0 if it has none; its integer
         values are also used in trial runs of the model.

@@ -99,7 +99,7 @@ class Net:
     """A backbone at every width; made by `pae.linen` or `pae.nnx`.
 
     Attributes:
-      build: `width -> Program`; called once per width.
+      build: `width -> Program`, the same one at every call; called once per width, and once more for a trial.
       sample: abstract input batch.
       example: the input batch with its values, None if the sample had none.
       packable: `(path in params, leaf) -> bool`: which float leaves are shared weights.

@@ -136,8 +136,8 @@ def nnx(
 
     Args:
       build: `(width, rngs) -> flax.nnx.Module`, or with `rngs` passed by name; width is a channel factor, 1.0 the
-        nominal network. It is called once for each width; if it depends on another setting, describe another net for
-        each value.
+        nominal network. It makes the same model at every call with one width; if it depends on another setting,
+        describe another net for each value.
       sample: as for `pae.linen`.
       packable: as for `pae.linen`; paths like "layers/0/kernel".
       call: as for `pae.linen`.

@@ -1,5 +1,6 @@
 """Net: widths, layouts, and what is computed once."""
 
+import itertools
 import math
 import re
 
@@ -65,22 +66,31 @@ def test_shared_and_local_together_are_the_variables_of_the_model(net, vector_mo
 
 
 def test_two_networks_do_not_share_compiled_functions(vector_module, data):
-    """What a build makes may depend on anything, so each net is asked itself."""
-    built = []
+    """What a build makes may depend on anything that stays as it is, so each net is asked itself."""
+    built, factors, states = [], [], []
 
     def build(width):
         built.append(width)
-        return vector_module(len(built) * width)
+        return vector_module(factors[-1] * width)
 
     one, two = (pae.linen(build, jnp.zeros((1, 4))) for _ in range(2))
     assert one != two
-    states = [pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1)) for net in (one, two)]
-    assert built == [1.0, 1.0]
+    for factor, net in ((1, one), (2, two)):
+        factors.append(factor)
+        states.append(pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1)))
+    count = len(built)
     assert [pae.features(net, state, "a", data[0]).shape for net, state in zip((one, two), states, strict=True)] == [
         (40, 6),
         (40, 12),
     ]
-    assert built == [1.0, 1.0]
+    assert len(built) == count
+
+
+def test_a_build_that_makes_another_model_the_next_time_is_refused(vector_module):
+    factors = itertools.count(1)
+    net = pae.linen(lambda width: vector_module(next(factors) * width), jnp.zeros((1, 4)))
+    with pytest.raises(pae.StructureError, match="another model when built again, expected the same one each time"):
+        pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1))
 
 
 def test_a_net_may_be_used_with_states_of_many_widths(net, data):
