@@ -17,7 +17,10 @@ from pae_jax.nets import Net, plain_variables
 from pae_jax.trees import PARAMS, Tree, flatten, merge, require_match
 
 _SOWN = ("intermediates", "Intermediate")
-_HOW_TO_GATE = ". Put pae.gate(net, state, task) last in the optimizer's chain, or train with pae.TrainState."
+_HOW_TO_GATE = (
+    ". Put pae.gate(net, state, task), made after the last pruning, last in the optimizer's chain, or train with "
+    "pae.TrainState."
+)
 _HOW_TO_RESTORE = (
     " by a rounding, as in an average. Restore them: own = pae.gate(net, state, task).init(params).open, "
     "average = jax.tree.map(jnp.where, own, average, params); or average in pae.TrainState. If nothing was averaged, "

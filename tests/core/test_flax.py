@@ -448,6 +448,17 @@ def test_commit_refuses_what_training_without_the_gate_did(net, state):
         pae.commit(net, state, "new", {"params": params, **rest})
 
 
+def test_commit_refuses_what_a_gate_from_before_a_pruning_let_through_and_says_so(net, state):
+    params = pae.as_flax(net, state, "new")[1]["params"]
+    old, pruned = pae.gate(net, state, "new"), pae.prune(state, "new", 0.5)
+    updates, _ = old.update(jax.tree.map(jnp.ones_like, params), old.init(params))
+    moved = optax.apply_updates(pae.as_flax(net, pruned, "new")[1]["params"], updates)
+    with pytest.raises(
+        pae.ForgettingError, match=r"pae.gate\(net, state, task\), made after the last pruning, last in"
+    ):
+        pae.commit(net, pruned, "new", {"params": moved})
+
+
 def test_commit_says_how_to_restore_what_an_average_has_rounded(net, state, unforgotten):
     params = pae.as_flax(net, state, "new")[1]["params"]
     moved = jax.tree.map(lambda own, leaf: jnp.where(own, leaf + 0.1, leaf), open_of(net, state, params), params)
