@@ -94,6 +94,8 @@ class Recipe:
         check_choice("picks_from", self.picks_from, ("own", "nearest"))
         if self.picks_from == "nearest" and self.sharing != "picked":
             raise ArgumentError("picks_from='nearest' needs sharing='picked'")
+        if self.picking is not None and self.sharing != "picked":
+            raise ArgumentError(f"picking needs sharing='picked', found sharing={self.sharing!r}; or picking=None")
         check_choice("budget_by", self.budget_by, ("gradient", "key"))
         check_flag("allow_empty", self.allow_empty)
         check_count("batch_size", self.batch_size, 1)

@@ -345,6 +345,7 @@ REFUSED = {
     "a budget by no kind": lambda: Recipe("r", QUICK, budget=0.1, budget_by="magnitude"),
     "picks from no kind": lambda: Recipe("r", QUICK, sharing="picked", picks_from="best"),
     "picks from a task without picks": lambda: Recipe("r", QUICK, picks_from="nearest"),
+    "picks' settings without picks": lambda: Recipe("r", QUICK, picking=pae.Picking()),
     "reclaimed weights of no kind": lambda: Recipe("r", QUICK, weight_init="ones"),
     "a ladder that chooses by no goal": lambda: Recipe("r", QUICK, ladder=Ladder((0.5,), QUICK)),
     "a first recipe of a first recipe": lambda: Recipe("r", QUICK, first=Recipe("f", QUICK, first=Recipe("g", QUICK))),
