@@ -204,13 +204,14 @@ def _traced(program: Program, variables: Tree, x: Tree, rows: list[int]) -> Any:
 def _same_each_time(part: _Part, trace: Callable[[Program], Any]) -> Any:
     """Return a trace of a program; raise `StructureError` if the next one, or that of the program built anew, differs.
 
-    Names of mapped axes may be found in the first trace, which then has the operations up to there twice.
+    Names of mapped axes may be found in the first trace of each, which then has the operations up to there twice.
     """
-    first, anew = trace(part.program), _traced_anew(part, trace)
+    rebuilt = part.rebuilt()
+    first, anew = trace(part.program), _traced_anew(part, rebuilt, trace)
     if same_trace(first.jaxpr, anew.jaxpr):
         return first
-    second = trace(part.program)
-    if same_trace(second.jaxpr, anew.jaxpr) and same_trace(second.jaxpr, trace(part.program).jaxpr):
+    second, third = trace(part.program), trace(part.program)
+    if same_trace(second.jaxpr, third.jaxpr) and same_trace(second.jaxpr, trace(rebuilt).jaxpr):
         return second
     hint = (
         "Random numbers of NumPy or Python are drawn anew in every process or compilation, which would change the "
@@ -219,10 +220,10 @@ def _same_each_time(part: _Part, trace: Callable[[Program], Any]) -> Any:
     raise StructureError(part.name, "", "a constant that changes from trace to trace", "the same one each time", hint)
 
 
-def _traced_anew(part: _Part, trace: Callable[[Program], Any]) -> Any:
+def _traced_anew(part: _Part, rebuilt: Program, trace: Callable[[Program], Any]) -> Any:
     """Trace the program built anew; raise `StructureError` if it does not take the variables of the first."""
     try:
-        return trace(part.rebuilt())
+        return trace(rebuilt)
     except Exception as error:  # whatever a model raises for variables of another one
         hint = "Make the model from the width alone; describe another net for each value of another setting."
         raise StructureError(part.name, "", "another model when built again", "the same one each time", hint) from error
