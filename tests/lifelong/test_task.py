@@ -173,14 +173,15 @@ def test_mean_of_refuses_values_that_mix_examples_unless_the_loss_is_of_the_batc
     def mixed(logits, y):
         return jnp.abs(logits[:, :1] - y[None]).mean(axis=1)
 
-    metric = pae.Metric("mixed", pae.MeanOf(mixed))
+    mean = pae.MeanOf(mixed)
+    metric = pae.Metric("mixed", mean)
     for val in (data, [data]):
         task = checked(val=val, metric=metric)
         with pytest.raises(pae.DataError, match=r"mixes examples: .* for instance out\[:, 0\]"):
             task.check_objective(1.0, 8)
             task.measured(frozen, "val")
         with pytest.raises(pae.DataError, match=r"MeanOf\(values\) mixes examples"):
-            metric.measure(net, frozen, "a", val)
+            mean(net, frozen, "a", val)
         task = checked(val=val, metric=metric, loss=lambda out, y: out[:, 0] - y, loss_per="batch")
         task.check_objective(1.0, 8)
         by_hand = np.abs(np.asarray(pae.predict(net, frozen, "a", data[0]))[:, :1] - data[1][None]).mean()
