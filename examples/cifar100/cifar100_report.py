@@ -140,13 +140,14 @@ def accuracy_and_size(results: list[dict[str, Any]]) -> Picture:
     """Return the plot of mean accuracy against stored bytes."""
     figure = Picture(6, 4)
     axes = figure.subplots()
-    for row in summary(results):
-        axes.errorbar(row["stored_bytes"] / 1e6, row["accuracy"], yerr=np.nan_to_num(row["deviation"]), marker="o")
-        axes.annotate(row["method"], (row["stored_bytes"] / 1e6, row["accuracy"]), (5, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="stored, MB on disk", ylabel="mean test accuracy")
-    axes.margins(x=0.15)
+    for row in sorted(summary(results), key=lambda row: -row["accuracy"]):
+        marker = "s" if row["method"] in ("pae", "cpg") else "o"
+        spread = np.nan_to_num(row["deviation"])
+        axes.errorbar(row["stored_bytes"] / 1e6, row["accuracy"], yerr=spread, fmt=marker, label=row["method"])
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="stored, MB on disk", ylabel="mean test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(loc="lower right", ncols=2, title="by accuracy, best first")
     return figure
 
 
