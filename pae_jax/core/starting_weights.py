@@ -25,10 +25,9 @@ from pae_jax.nets import (
     input_sizes,
     largest,
     relative_limit,
-    traces,
-    trial_inputs,
+    trial_batch,
 )
-from pae_jax.trees import PARAMS, Tree, abstract, flatten, merge
+from pae_jax.trees import PARAMS, Tree, flatten, merge
 from pae_jax.widening import find_influence, tables, trace
 
 WeightInit = Literal["preserve", "zeros", "fresh"]
@@ -185,9 +184,7 @@ def _trials(net: Net, width: float, empty: Sequence[np.ndarray]) -> list[Tree]:
     They have `_ROWS` examples, or as many as the sample has where the model takes no other number.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(net.sample)) // batch_size(net.sample)
-    layout, x = net.layout(width), trial_inputs(net, min(max(_NUMBERS // max(size, 1), _ROWS[0]), _ROWS[1]))
-    if not traces(features_function(net, width), merge(layout.shared, layout.local), abstract(x)):
-        x = trial_inputs(net, batch_size(net.sample))
+    x = trial_batch(net, width, min(max(_NUMBERS // max(size, 1), _ROWS[0]), _ROWS[1]))
 
     def numbered(leaf: np.ndarray, rows: np.ndarray) -> np.ndarray:
         integers = jnp.issubdtype(leaf.dtype, jnp.integer)

@@ -141,10 +141,11 @@ def _accuracies(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _require_tasks(name: str, accuracies: Mapping[str, float], tasks: Sequence[str]) -> None:
-    missing = [task for task in tasks if task not in check_mapping(name, accuracies, "{task: accuracy}")]
+    known = check_mapping(name, accuracies, "{task: accuracy}")
+    missing = [task for task in tasks if task not in known]
     if missing:
         raise ArgumentError(f"{name} lacks {missing}")
-    _accuracies(name, [accuracies[task] for task in tasks], (len(tasks),))
+    _accuracies(name, [known[task] for task in tasks], (len(tasks),))
 
 
 def _mean(values: np.ndarray) -> float:

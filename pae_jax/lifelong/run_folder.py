@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from pae_jax.checks import check_choice, check_flag, check_number
+from pae_jax.checks import check_choice, check_flag, check_number, local_path
 from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import StageRecord
@@ -75,7 +75,7 @@ class Run:
     ):
         check_choice("keep", keep, ("frozen", "all"))
         check_flag("background", background)
-        self.path, self.keep, self.wait = files.local_path(path), keep, check_number("wait", wait, 0.0)
+        self.path, self.keep, self.wait = local_path(path), keep, check_number("wait", wait, 0.0)
         self.background = background
         self._writer: Any = None
         if not self._writes:
@@ -340,17 +340,14 @@ def matrix_of(rows: Mapping[str, Mapping[str, float]]) -> AccuracyMatrix | None:
     return matrix
 
 
-_COLUMNS = ("Task", "Stage", "Size ratio", "Pruned rate", "Epoch No.")
-
-
 def _row(record: StageRecord) -> dict[str, str]:
+    before = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
+    before |= {"Pruned rate": f"{record.pruned:.5f}"}
+    after = {"Epoch No.": str(record.kept_epoch)} | {name: f"{value:.3f}" for name, value in record.sizes.items()}
     metric = "Acc" if record.metric == "accuracy" else record.metric
-    if metric in (*_COLUMNS, *record.sizes):
+    if metric in before | after:
         metric = f"{metric} (metric)"
-    row = {"Task": record.task, "Stage": record.stage, "Size ratio": f"{record.width**2:.5g}"}
-    row |= {"Pruned rate": f"{record.pruned:.5f}", metric: f"{record.value:.5f}"}
-    row |= {"Epoch No.": str(record.kept_epoch)}
-    return row | {name: f"{value:.3f}" for name, value in record.sizes.items()}
+    return before | {metric: f"{record.value:.5f}"} | after
 
 
 def _table(rows: list[dict[str, str]]) -> bytes:

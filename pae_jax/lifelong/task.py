@@ -302,12 +302,13 @@ class CheckedTask:
             return
         x, y = abstract(arrays)
         try:
-            found = jax.eval_shape(measure.values, plain.output(x), y)
+            out = plain.output(x)
+            found = jax.eval_shape(measure.values, out, y)
         except Exception:  # a function of NumPy arrays
             return
         measure.check(jnp.shape(found), examples(x))
         if self.task.loss_per == "example":
-            require_apart(f"the metric {self.task.metric.name!r}", measure.values, plain.output(x), y)
+            require_apart(f"the metric {self.task.metric.name!r}", measure.values, out, y)
 
     def check_accuracy(self, part: Feed | None, width: float) -> None:
         """Raise `ArgumentError` if the metric is the accuracy but the data in arrays has none."""

@@ -1,6 +1,7 @@
 """A user's Flax model as pure functions of plain trees, at any width."""
 
 from pae_jax.nets.answers import require_single_answers as require_single_answers
+from pae_jax.nets.answers import trial_batch as trial_batch
 from pae_jax.nets.answers import trial_inputs as trial_inputs
 from pae_jax.nets.fingerprint import fingerprint as fingerprint
 from pae_jax.nets.fingerprint import require_program as require_program

@@ -14,10 +14,12 @@ import numpy as np
 from pae_jax.caching import Cache, jax_settings
 from pae_jax.errors import StructureError
 from pae_jax.nets import heads
+from pae_jax.nets.forward import features_function
+from pae_jax.nets.inputs import traces
 from pae_jax.nets.network import Net, Program, batch_size
 from pae_jax.nets.retracing import same_trace
 from pae_jax.nets.rounding import as_complex, largest
-from pae_jax.trees import PARAMS, Tree, path_name
+from pae_jax.trees import PARAMS, Tree, abstract, merge, path_name
 
 _ASKED, _DIGESTS = Cache(64), Cache(64)
 _FEW, _MANY = 4, 32
@@ -81,6 +83,14 @@ def trial_inputs(net: Net, rows: int) -> Tree:
         return tiled.astype(wanted.dtype)
 
     return _mapped(draw, net.sample, net.example)
+
+
+def trial_batch(net: Net, width: float, rows: int) -> Tree:
+    """Return `trial_inputs` of so many examples, or of as many as the sample has where the model takes no others."""
+    x, layout = trial_inputs(net, rows), net.layout(width)
+    if traces(features_function(net, width), merge(layout.shared, layout.local), abstract(x)):
+        return x
+    return trial_inputs(net, batch_size(net.sample))
 
 
 def _batches(sample: Tree, example: Tree | None, rows: int) -> list[Tree]:

@@ -50,17 +50,10 @@ def require_program(net: Net, width: float, head: Any, task: str, known: str) ->
         return
     dtypes, before = (", ".join(_DTYPE.findall(text)) for text in (now, known))
     if dtypes != before:
-        raise StructureError(
-            f"program of task {task!r}",
-            "",
-            f"inputs of {dtypes}",
-            f"{before}, by which it was packed",
-            "Make the net with such a sample, or pass same_program=False to take the weights all the same.",
-        )
-    raise StructureError(
-        f"program of task {task!r}",
-        "",
-        f"digest {now[:16]}",
-        f"{known[:16]}: the model or the head computes otherwise than the one it was packed with",
-        "Use that one, or pass same_program=False to take the weights all the same.",
-    )
+        found, expected, remedy = f"inputs of {dtypes}", before, "Make the net with such a sample"
+        expected += ", by which it was packed"
+    else:
+        found, expected, remedy = f"digest {now[:16]}", known[:16], "Use that one"
+        expected += ": the model or the head computes otherwise than the one it was packed with"
+    hint = f"{remedy}, or pass same_program=False to take the weights all the same."
+    raise StructureError(f"program of task {task!r}", "", found, expected, hint)

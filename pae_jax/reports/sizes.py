@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_width
+from pae_jax.checks import check_width, local_path
 from pae_jax.core import State, TaskState, check_state, find, names, ownership, spread_arrays
 from pae_jax.nets import Net, check_net, heads
 from pae_jax.reports.paper_size import CSV_COLUMNS as CSV_COLUMNS
@@ -27,7 +27,7 @@ from pae_jax.reports.paper_size import weights_at
 from pae_jax.reports.size_table import MB as MB
 from pae_jax.reports.size_table import Sizes as Sizes
 from pae_jax.reports.size_table import itemsize, nbytes, values
-from pae_jax.storage import checkpoint, files
+from pae_jax.storage import checkpoint
 from pae_jax.trees import flatten
 
 _SCORE = 4  # float32
@@ -56,7 +56,7 @@ def stored(path: str | Path) -> Sizes:
       >>> found.total == sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
       True
     """
-    folder = files.local_path(path)
+    folder = local_path(path)
     arrays = checkpoint.read_metadata(folder)["arrays"].values()
     plain = sum(math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize for array in arrays)
     total = {"(arrays)": 0, "(metadata)": 0}

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pae_jax.checks import check_flag, check_mapping, check_number
+from pae_jax.checks import check_flag, check_mapping, check_number, local_path
 from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.nets import Net, check_net, require_program
@@ -159,7 +159,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
       >>> pae.read_metadata(f"{folder}/0-empty")["metadata"]
       {'note': 'no task yet'}
     """
-    return _facts(files.local_path(path))
+    return _facts(local_path(path))
 
 
 def load(
@@ -193,7 +193,7 @@ def load(
     """
     check_net(net)
     modules = check_mapping("heads", heads, "{task: Flax module}")
-    path = files.local_path(path)
+    path = local_path(path)
     with _understood(path):
         facts, stored = contents(path)
         template = stage.template(net, facts, modules)
@@ -227,7 +227,7 @@ def read_arrays(path: Path, facts: dict[str, Any], stored: Tree) -> Tree:
 
 
 def _stage_path(path: str | Path) -> Path:
-    path = files.local_path(path)
+    path = local_path(path)
     if any(part in path.name for part in _HALF):
         raise CheckpointError(f"{path} has the name of a half-written stage, which does not load. Use another name.")
     return path

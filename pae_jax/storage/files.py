@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pae_jax.checks import local_path as local_path
 from pae_jax.errors import CheckpointError, PaeError
 
 ASIDE = ".saving-"

@@ -78,12 +78,12 @@ def test_two_networks_do_not_share_compiled_functions(vector_module, data):
     for factor, net in ((1, one), (2, two)):
         factors.append(factor)
         states.append(pae.pack(net, pae.init(net, jax.random.key(0)), "a", head=2, key=jax.random.key(1)))
-    count = len(built)
+    assert built == [1.0] * 4  # one for the net, one for the trial
     assert [pae.features(net, state, "a", data[0]).shape for net, state in zip((one, two), states, strict=True)] == [
         (40, 6),
         (40, 12),
     ]
-    assert len(built) == count
+    assert built == [1.0] * 4
 
 
 def test_a_build_that_makes_another_model_the_next_time_is_refused(vector_module):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import pae_jax as pae
+from pae_jax.checks import local_path
 from pae_jax.storage import files
 from pae_jax.storage.shield import shielded
 
@@ -127,10 +128,10 @@ def test_a_remote_path_is_refused_by_name_and_nothing_is_made(tmp_path, monkeypa
 
 def test_the_home_folder_is_expanded_and_what_is_no_path_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.local_path("~/run") == tmp_path / "run"
+    assert local_path("~/run") == tmp_path / "run"
     for path in ("a\0b", "~nobody-of-this-name/x", "a\ud800", b"bytes", "", None, 5):
         with pytest.raises(pae.CheckpointError, match="is no path"):
-            files.local_path(path)
+            local_path(path)
     for call in (pae.Run, pae.read_metadata):
         with pytest.raises(pae.CheckpointError, match="File name too long"):
             call(tmp_path / ("n" * 300))

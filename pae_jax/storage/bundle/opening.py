@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pae_jax.checks import local_path
 from pae_jax.core import Growth, Picking, State, TaskState, integrity, layout_of
 from pae_jax.errors import ArgumentError
-from pae_jax.storage import checkpoint, files, stage
+from pae_jax.storage import checkpoint, stage
 from pae_jax.storage.bundle.assembling import Placeholder, understood
 from pae_jax.storage.bundle.reading import open_bundle
 from pae_jax.trees import Tree
@@ -24,7 +25,7 @@ def open_any(path: str | Path, onto: State | None = None) -> tuple[dict[str, Any
       path: the folder of a stage or the file of a bundle.
       onto: the state that a delta adds to.
     """
-    place = files.local_path(path)
+    place = local_path(path)
     if place.is_file():
         return open_bundle(place, onto)
     refuse_onto(place, onto)

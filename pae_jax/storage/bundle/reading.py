@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pae_jax.checks import check_mapping
+from pae_jax.checks import check_mapping, local_path
 from pae_jax.core import Placement, State, integrity, layout_of, placement
 from pae_jax.errors import ArgumentError, StructureError
 from pae_jax.nets import Net, check_net, heads, require_program
-from pae_jax.storage import files
 from pae_jax.storage.bundle import assembling, file
 from pae_jax.trees import require_match
 
@@ -51,7 +50,7 @@ def read_bundle(
     """
     check_net(net)
     modules = check_mapping("heads", heads, "{task: Flax module}")
-    header, tensors = file.read(files.local_path(path))
+    header, tensors = file.read(local_path(path))
     specs = _specs(header, modules)
     _require_model(net, header, specs)
     for entry in header["tasks"] if same_program else ():
@@ -65,7 +64,7 @@ def read_bundle(
 
 def bundle_header(path: str | Path) -> dict[str, Any]:
     """Return what a bundle says of itself; its checksum is right."""
-    return file.read(files.local_path(path))[0]
+    return file.read(local_path(path))[0]
 
 
 def open_bundle(path: Path, onto: State | None = None) -> tuple[dict[str, Any], State]:

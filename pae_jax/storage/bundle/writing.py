@@ -7,11 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pae_jax.checks import check_choice, check_mapping
+from pae_jax.checks import check_choice, check_mapping, local_path
 from pae_jax.core import State, check_state, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
 from pae_jax.nets import Net, check_net
-from pae_jax.storage import files
 from pae_jax.storage.bundle import file, parts
 from pae_jax.storage.bundle import tasks as choice
 from pae_jax.storage.bundle.values import FLOATING, PRECISIONS, Floating, Precision
@@ -95,7 +94,7 @@ def write_state(
     """Do the work of `write_bundle` for a state that has been checked; `measure` is called with what is written."""
     check_choice("weights", weights, PRECISIONS)
     check_choice("local", local, FLOATING)
-    place = files.local_path(path)
+    place = local_path(path)
     file.require_new(place)
     listed, have = choice.chosen(state, tasks, after)
     integrity.verify(state)
