@@ -49,8 +49,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pae_jax as pae
+from pae_jax import files
 from pae_jax.lifelong.recipes import Adam, Ladder, Phase, Rate
-from pae_jax.storage import files
 from pae_jax.trees import flatten
 
 GOOD = ("right", "typed", "interrupted", "one won", "accepted")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "pae_jax"
 FLOORS = (
     ("errors", "arrays", "caching", "comparing", "html", "large_arrays", "progress", "version"),
-    ("trees", "processes"),
+    ("trees", "processes", "files"),
     ("checks",),
     ("widening", "data", "models"),
     ("nets",),

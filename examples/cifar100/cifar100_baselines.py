@@ -76,7 +76,7 @@ def _sequential(stream: Any, recipe: pae.Recipe, folder: Path) -> dict[str, Any]
     other_heads = sum(leaf.nbytes for leaf in jax.tree.leaves(heads_of[1:]))
     return {
         "test": matrix[-1].tolist(),
-        "matrix": matrix.tolist(),
+        "matrix": [row[: i + 1].tolist() for i, row in enumerate(matrix)],
         "forgetting": pae_matrix.forgetting(),
         "size_ratio": 1.0,
         "stored_bytes": _saved(folder, state) + other_heads,

@@ -34,7 +34,10 @@ def _without_epochs(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per method: mean and standard deviation of the accuracy over seeds, and stored size."""
+    """Return one row per method: mean and standard deviation of the accuracy over seeds, and stored size.
+
+    The deviation of one seed, and a difference from networks that were not run, are None.
+    """
     separate = {r["seed"]: float(np.mean(r["test"])) for r in results if r["method"] == "separate"}
     rows = []
     for method in METHODS:
@@ -49,13 +52,13 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(runs),
                 "tasks": len(runs[0]["tasks"]),
                 "accuracy": float(np.mean(means)),
-                "deviation": float(np.std(means, ddof=1)) if len(runs) > 1 else float("nan"),
-                "to_separate": float(np.mean(gaps)) if gaps else float("nan"),
+                "deviation": float(np.std(means, ddof=1)) if len(runs) > 1 else None,
+                "to_separate": float(np.mean(gaps)) if gaps else None,
                 "last": float(np.mean([np.mean(r["test"][-max(3, len(r["test"]) // 4) :]) for r in runs])),
                 "forgetting": float(np.mean([r["forgetting"] for r in runs])),
                 "size_ratio": float(np.mean([r["size_ratio"] for r in runs])),
                 "stored_bytes": float(np.mean([r["stored_bytes"] for r in runs])),
-                "bundle_bytes": float(np.mean([r.get("bundle_bytes", np.nan) for r in runs])),
+                "bundle_bytes": float(np.mean([r["bundle_bytes"] for r in runs])),
                 "seconds": float(np.mean([r["seconds"] for r in runs])),
             }
         )
@@ -69,13 +72,13 @@ def table(results: list[dict[str, Any]]) -> str:
             row["method"],
             f"{row['tasks']}",
             f"{row['seeds']}",
-            f"{row['accuracy']:.3f}" + ("" if np.isnan(row["deviation"]) else f" ± {row['deviation']:.3f}"),
-            f"{row['to_separate']:+.3f}",
+            f"{row['accuracy']:.3f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.3f}"),
+            "" if row["to_separate"] is None else f"{row['to_separate']:+.3f}",
             f"{row['last']:.3f}",
             f"{row['forgetting']:.4f}",
             f"{row['size_ratio']:.2f}",
             f"{row['stored_bytes'] / 1e6:.2f}",
-            "" if np.isnan(row["bundle_bytes"]) else f"{row['bundle_bytes'] / 1e6:.2f}",
+            f"{row['bundle_bytes'] / 1e6:.2f}",
             f"{row['seconds']:.0f}",
         ]
         for row in summary(results)
@@ -142,8 +145,8 @@ def accuracy_and_size(results: list[dict[str, Any]]) -> Picture:
     axes = figure.subplots()
     for row in sorted(summary(results), key=lambda row: -row["accuracy"]):
         marker = "s" if row["method"] in ("pae", "cpg") else "o"
-        spread = np.nan_to_num(row["deviation"])
-        axes.errorbar(row["stored_bytes"] / 1e6, row["accuracy"], yerr=spread, fmt=marker, label=row["method"])
+        place = (row["stored_bytes"] / 1e6, row["accuracy"])
+        axes.errorbar(*place, yerr=row["deviation"], fmt=marker, label=row["method"])
     axes.set_xscale("log", base=2)
     axes.set(xlabel="stored, MB on disk", ylabel="mean test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")

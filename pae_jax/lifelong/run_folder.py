@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 import jax
 
+from pae_jax import files
 from pae_jax.checks import check_choice, check_flag, check_number, local_path
 from pae_jax.errors import CheckpointError
 from pae_jax.lifelong.metrics import AccuracyMatrix
 from pae_jax.lifelong.policy import StageRecord
 from pae_jax.lifelong.task_folder import FROZEN, TaskFolder
 from pae_jax.processes import Processes
-from pae_jax.storage import files, read_metadata
+from pae_jax.storage import read_metadata
 
 
 class Run:

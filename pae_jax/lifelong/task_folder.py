@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
+from pae_jax import files
 from pae_jax.comparing import difference
 from pae_jax.core import State
 from pae_jax.errors import CheckpointError, PaeError
 from pae_jax.lifelong.policy import Stage, StageRecord
 from pae_jax.nets import Net
 from pae_jax.processes import Processes
-from pae_jax.storage import Saving, files, load, read_metadata, save
+from pae_jax.storage import Saving, load, read_metadata, save
 
 FROZEN = "frozen"
 _LABEL = re.compile(rf"\d+-(trained|retrained|pruned-\d\.\d{{3}})|{FROZEN}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pae_jax.storage import files
+from pae_jax import files
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

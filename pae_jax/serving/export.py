@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import os
-import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax import files
 from pae_jax.checks import check_choice, check_count, check_names, local_path
 from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
@@ -81,17 +80,16 @@ class TaskProgram:
                 weights = io.BytesIO()
                 np.savez(weights, **self.arrays)  # pyright: ignore[reportArgumentType]
                 contents = {file.with_name(file.name + ".npz"): weights.getvalue()} | contents
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for place in contents:
-                if os.path.lexists(place):
-                    raise CheckpointError(f"{place} exists; choose another name, or remove it first")
-            with contextlib.ExitStack() as undone:
-                for place, content in contents.items():
-                    _write(place, content)
-                    undone.callback(place.unlink, missing_ok=True)
-                undone.pop_all()
-        except (OSError, ValueError) as error:
+        except ValueError as error:  # a name that files cannot hold
             raise CheckpointError(f"cannot write the program {file}: {error}") from error
+        for place in contents:
+            files.require_new(place, "program")
+        with files.disk_errors(f"cannot write the program {file}"), contextlib.ExitStack() as undone:
+            files.make_folder(file.parent)
+            for place, content in contents.items():
+                undone.callback(place.unlink, missing_ok=True)
+                files.write_bytes(place, content)
+            undone.pop_all()
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Tree]:
@@ -270,16 +268,3 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _restored(array: jax.Array, dtype: Any) -> jax.Array:
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    draft = path.with_name(f".saving-{secrets.token_hex(8)}")
-    try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pae_jax import files
 from pae_jax.checks import check_flag, check_mapping, check_number, local_path
 from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.nets import Net, check_net, require_program
-from pae_jax.storage import files, joint_saving, orbax_arrays, stage
+from pae_jax.storage import joint_saving, orbax_arrays, stage
 from pae_jax.storage.background import Saving, wait_for_last
 from pae_jax.storage.shield import Decision, shielded
 from pae_jax.trees import Tree, describe, flatten, require_match
@@ -121,7 +122,7 @@ def save(
     integrity.check(state)
     wait_for_last(path)
     if not jax.process_index():
-        files.require_new(path)
+        files.require_new(path, "stage")
     if wait:
         put, decision = _writer(path, state, extra, timeout), Decision()
         return put(decision) if jax.process_index() else shielded(lambda: put(decision), decision.stop)
@@ -255,7 +256,7 @@ def _write(path: Path, arrays: Tree, facts: dict[str, Any], decision: Decision) 
             orbax_arrays.write(aside / "stage", arrays, facts)
             files.sync_tree(aside / "stage")
             _require_whole(aside / "stage", facts)
-            if not decision.publish(lambda: files.rename_new(aside / "stage", path)):
+            if not decision.publish(lambda: files.rename_new(aside / "stage", path, "stage")):
                 raise CheckpointError(f"an interrupt has stopped the writing of {path}; there is no stage. Save again.")
             files.sync_folder(path.parent)
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from pae_jax import files
 from pae_jax.core import State, integrity, spread_arrays
 from pae_jax.errors import CheckpointError
 from pae_jax.processes import Processes, together
-from pae_jax.storage import files, orbax_arrays, stage
+from pae_jax.storage import orbax_arrays, stage
 from pae_jax.trees import Tree, flatten
 
 
@@ -33,7 +34,7 @@ def save_together(path: Path, state: State, extra: dict[str, Any], timeout: floa
       ProcessError: another process failed, does not make the call, or saves something else.
     """
     with together("save", spread_arrays.over_processes(state), timeout) as processes:
-        processes.ask("folder", lambda: files.require_new(path))
+        processes.ask("folder", lambda: files.require_new(path, "stage"))
         integrity.check(state)
         arrays = jax.tree.map(_global, stage.arrays_of(state))
         facts = stage.describe(state, arrays, extra)
@@ -51,7 +52,7 @@ def _write(processes: Processes, path: Path, arrays: Tree, facts: dict[str, Any]
     with files.folder_aside(path.parent) as aside:
         folder = aside / "stage"
         _part(processes, Path(processes.ask("aside", lambda: str(folder))), arrays, facts)
-        processes.ask("name", lambda: files.rename_new(folder, path))
+        processes.ask("name", lambda: files.rename_new(folder, path, "stage"))
         files.sync_folder(path.parent)
 
 

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pae_jax as pae
+from pae_jax import files
 from pae_jax.core import ownership, picking, spread_arrays, starting_weights
-from pae_jax.storage import digests, files
+from pae_jax.storage import digests
 
 TASK = pae.Task("c", 2, (X, Y), (X, Y))
 RECIPE = pae.Recipe("small", pae.recipes.Phase(1, pae.recipes.Rate(0.05)), 8)

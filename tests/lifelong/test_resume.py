@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
+from pae_jax import files
 from pae_jax.lifelong import run_folder, stage_maker, task_folder
-from pae_jax.storage import checkpoint, files
+from pae_jax.storage import checkpoint
 
 # One run with everything a stage can be: own networks, a goal that is missed at the first width, a ladder, picks and
 # retraining. The test below runs it here, and in processes of its own that are killed.

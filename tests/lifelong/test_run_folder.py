@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 
 import pae_jax as pae
+from pae_jax import files
 from pae_jax.lifelong import stage_maker, task_folder
 from pae_jax.lifelong.recipes import Expansion, Ladder, Phase, Rate, Recipe
 from pae_jax.lifelong.run_folder import folder_name
 from pae_jax.lifelong.settings import checksums
 from pae_jax.lifelong.task import CheckedTask
 from pae_jax.processes import Processes
-from pae_jax.storage import files
 
 KEY = jax.random.key(7)
 QUICK = Phase(2, Rate(0.03))

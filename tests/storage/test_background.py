@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import pae_jax as pae
-from pae_jax.storage import files, orbax_arrays, stage
+from pae_jax import files
+from pae_jax.storage import orbax_arrays, stage
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ CHILD = """
     import os, signal, sys, threading, time
     import jax, jax.numpy as jnp, numpy as np
     import pae_jax as pae
-    from pae_jax.storage import files
+    from pae_jax import files
 
     folder, what = sys.argv[1:]
     state = pae.init(pae.linen(lambda width: pae.models.MLP(width, (8,)), jnp.zeros((1, 4))), jax.random.key(0))

@@ -397,7 +397,7 @@ def test_changed_json_about_picks_is_noticed_with_a_typed_error(net, make_pickin
 
 def save_as(path, state, schema):
     """Write a stage in the layout of an older schema."""
-    from pae_jax.storage import files
+    from pae_jax import files
 
     def older(info):
         info["schema_version"] = schema
@@ -899,7 +899,8 @@ def press_ctrl_c(patch, target, name):
 
 @pytest.mark.parametrize("moment", ["save", "sync_tree"])
 def test_an_interrupted_save_leaves_nothing_and_the_same_call_works(net, second, tmp_path, state_facts, moment):
-    from pae_jax.storage import files, orbax_arrays
+    from pae_jax import files
+    from pae_jax.storage import orbax_arrays
 
     path = tmp_path / "stage"
     with pytest.MonkeyPatch.context() as patch:
@@ -922,7 +923,7 @@ def test_an_interrupted_load_is_an_interrupt_and_the_same_call_works(net, stage,
 
 
 def test_of_two_that_write_one_path_one_wins_and_the_other_says_so(net, empty, second, tmp_path, state_facts):
-    from pae_jax.storage import files
+    from pae_jax import files
 
     path, sync_tree = tmp_path / "stage", files.sync_tree
 
@@ -974,7 +975,7 @@ def test_metadata_nested_too_deep_is_refused(empty, tmp_path):
 
 
 def test_sealed_metadata_of_another_meaning_is_a_typed_error(net, copy):
-    from pae_jax.storage import files
+    from pae_jax import files
 
     def hostile(info):
         info["growth"] = [{"narrow": None}]

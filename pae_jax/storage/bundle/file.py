@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from pae_jax import files
 from pae_jax.core import integrity
 from pae_jax.errors import CheckpointError
 from pae_jax.large_arrays import in_threads
-from pae_jax.storage import files
 from pae_jax.version import __version__
 
 SCHEMA_VERSION = 2
@@ -32,16 +31,9 @@ _LARGEST_RATIO = 64
 _PLAIN = "?bhilqBHILQefd"  # NumPy's own bool, integers and floats; other dtypes are written as integers of their size
 
 
-def require_new(path: Path) -> None:
-    """Raise `CheckpointError` where a file could not be written because there is one already."""
-    with files.disk_errors(f"cannot write {path}"):
-        if os.path.lexists(path):
-            raise CheckpointError(f"{path} exists; a bundle is written once. Choose another name, or remove it first.")
-
-
 def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Write a bundle: beside its place first, flushed to the disk, then renamed."""
-    require_new(path)
+    files.require_new(path, "bundle")
     shown = {key: value for key, value in header.items() if key not in _LAYOUT}
     text = json.dumps({"schema_version": SCHEMA_VERSION, **shown}, separators=(",", ":"))
     layout = json.dumps({key: header[key] for key in _LAYOUT}, separators=(",", ":"))

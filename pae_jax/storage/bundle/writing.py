@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pae_jax import files
 from pae_jax.checks import check_choice, check_mapping, local_path
 from pae_jax.core import State, check_state, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
@@ -95,7 +96,7 @@ def write_state(
     check_choice("weights", weights, PRECISIONS)
     check_choice("local", local, FLOATING)
     place = local_path(path)
-    file.require_new(place)
+    files.require_new(place, "bundle")
     listed, have = choice.chosen(state, tasks, after)
     integrity.verify(state)
     exact = choice.restricted(state, listed)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import pae_jax as pae
+from pae_jax import files
 from pae_jax.checks import local_path
-from pae_jax.storage import files
 from pae_jax.storage.shield import shielded
 
 
@@ -100,7 +100,7 @@ def test_a_lock_that_is_held_is_waited_for_and_then_its_owner_is_named(tmp_path)
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     program = f"""
         import pathlib, time
-        from pae_jax.storage import files
+        from pae_jax import files
         with files.locked(pathlib.Path({str(tmp_path / "lock")!r}), 0.0):
             print("held", flush=True)
             time.sleep(60)

@@ -49,25 +49,25 @@ def require_regular(path: Path) -> None:
         raise CheckpointError(f"{path} is no regular file, but a pipe or a device. Remove it.")
 
 
-def require_new(path: Path) -> None:
-    """Raise `CheckpointError` if a stage of this name would replace something."""
-    with disk_errors(f"cannot write the stage {path}"):
+def require_new(path: Path, what: str) -> None:
+    """Raise `CheckpointError` if `what`, such as "stage", would replace something at this path."""
+    with disk_errors(f"cannot write the {what} {path}"):
         if os.path.lexists(path):
-            raise _exists(path)
+            raise _exists(path, what)
 
 
-def rename_new(folder: Path, path: Path) -> None:
-    """Give a stage its name; raise `CheckpointError` if it would replace something."""
+def rename_new(folder: Path, path: Path, what: str) -> None:
+    """Give a folder its name; raise `CheckpointError` if `what` it holds would replace something."""
     try:
         os.rename(folder, path)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise _exists(path) from error
+            raise _exists(path, what) from error
         raise
 
 
-def _exists(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} exists; a stage is written once. Choose another name, or remove it first.")
+def _exists(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} exists; a {what} is written once. Choose another name, or remove it first.")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
