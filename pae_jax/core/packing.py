@@ -186,7 +186,9 @@ def pack(
     require_match("state.shared", state.shared, net.layout(state.width).shared, "Was the state made with this net?")
     heads.layout(net, head, state.width)
     task_id = len(state.tasks) + 1
-    if not allow_empty and not is_traced(state.owner) and not ownership.free_fraction(state):
+    with jax.ensure_compile_time_eval():  # inside jit, the owners of a network from outside have values
+        full = not allow_empty and not is_traced(state.owner) and not ownership.free_fraction(state)
+    if full:
         raise CapacityError(
             f"no free weight is left for task {task!r}. Prune a task before freezing it, widen the network with "
             "pae.expand, or pass allow_empty=True to train only a head and local variables on the older weights."

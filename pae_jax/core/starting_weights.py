@@ -70,10 +70,10 @@ def starting_weights(
 
 def _preserved(net: Net, state: State, key: jax.Array, sharing: str, local: Tree) -> Tree:
     """Draw the free weights that cannot change the features, and set all others to 0, or next to it."""
-    if is_traced(state):
+    if is_traced((state, key)):
         raise ArgumentError(
-            "weight_init='preserve' looks at values, which a traced function does not have; call pack outside jit, or "
-            "with weight_init='zeros' or 'fresh'"
+            "weight_init='preserve' looks at values, which a traced function does not have; call pack outside jit and "
+            "vmap, or with weight_init='zeros' or 'fresh'"
         )
     layout = net.layout(state.width)
     variables = merge(layout.shared, layout.local)

@@ -198,5 +198,17 @@ def small(state):
 
 
 def test_preserve_looks_at_values_so_a_second_task_packed_inside_jit_says_how_else(wide, pruned):
-    with pytest.raises(pae.ArgumentError, match="call pack outside jit, or with weight_init='zeros' or 'fresh'"):
+    with pytest.raises(pae.ArgumentError, match="outside jit and vmap, or with weight_init='zeros' or 'fresh'"):
         jax.jit(lambda state: start(wide, state))(pruned)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_a_second_task_is_packed_for_a_traced_key_unless_it_has_to_preserve(net, frozen, transform):
+    def pack(key, weight_init):
+        return pae.pack(net, frozen, "b", head=2, key=key, weight_init=weight_init)
+
+    key = KEY(3) if transform is jax.jit else jax.random.split(KEY(3), 2)
+    with pytest.raises(pae.ArgumentError, match="call pack outside jit and vmap"):
+        transform(lambda key: pack(key, "preserve"))(key)
+    for weight_init in ("zeros", "fresh"):
+        assert transform(lambda key, how=weight_init: pack(key, how))(key).tasks["b"].id == 2
