@@ -5,7 +5,7 @@ Command:   python examples/cifar100/cifar100_20tasks.py --preset small --recipe 
            python examples/cifar100/cifar100_20tasks.py --preset paper --recipe cpg --out runs/paper
 Data:      CIFAR-100 by tensorflow-datasets, or from a local pack: --data FILE.npz
 Expected:  small: one line per method with accuracy and stored bytes; 1 to 6 minutes per method and seed, 2 CPU cores
-           medium: the same for all 20 tasks; an hour for PAE, 13 minutes for separate networks, one seed, one core
+           medium: the same for all 20 tasks; 20 to 75 minutes for PAE, 13 for separate networks, one seed, one core
            paper: the published protocol, averages 67.5 (PackNet), 77.1 (PAE), 80.9 (CPG); on a GPU
 
 `paper` is the published protocol (VGG16 with two dense layers of 4096, 20 tasks, 100 epochs), except that every choice
@@ -66,7 +66,7 @@ def small() -> Preset:
 
 
 def medium() -> Preset:
-    """Return the protocol of all 20 tasks on a CPU: about an hour for PAE and one seed on one core."""
+    """Return the protocol of all 20 tasks on a CPU: 20 to 75 minutes for PAE and one seed on one core."""
     model = lambda width: pae.models.SmallCNN(width=width, channels=(40, 80, 160, 160), stem=2)  # noqa: E731
     return Preset("medium", model, tasks=20, val_fraction=0.2, recipes=_compact(20, gain=0.05))
 
