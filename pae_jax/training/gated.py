@@ -125,14 +125,17 @@ def as_state(ts: TrainState, state: State) -> State:
     return state.replace(shared=taken, owner=ts.owner, tasks={**state.tasks, task: entry})
 
 
+def require_one(ts: TrainState, advice: str) -> None:
+    """Raise `ArgumentError` for a stack of train states."""
+    if ts.task_id.ndim:
+        raise ArgumentError(f"this is a stack of {len(ts.task_id)} train states; {advice}")
+
+
 def task_of(ts: TrainState, state: State) -> str:
     """Return the name of the task in a network."""
     if is_traced(ts.task_id):
         raise ArgumentError("commit finds its task by the id, which has no value inside jit; call it outside")
-    if ts.task_id.ndim:
-        raise ArgumentError(
-            f"this is a stack of {len(ts.task_id)} train states; commit one: jax.tree.map(lambda leaf: leaf[i], ts)"
-        )
+    require_one(ts, "commit one: jax.tree.map(lambda leaf: leaf[i], ts)")
     number = int(ts.task_id)
     for name in names(state):
         if state.tasks[name].id == number:

@@ -33,6 +33,7 @@ from pae_jax.trees import PARAMS, Tree, flatten, require_match
 
 PARTS = ("shared", "local", "head", "pick")
 _STATIC = {"static": True}
+_UNDER_VMAP = "call this under jax.vmap, or on one: jax.tree.map(lambda leaf: leaf[i], ts)"
 
 
 @jax.tree_util.register_dataclass
@@ -136,9 +137,10 @@ class TrainState:
 
         Raises:
           StructureError: `params` of another tree or shape; names the leaf.
-          ArgumentError: `key` is no random key, or `opt_state` is not of the form of `tx`.
+          ArgumentError: `key` is no random key, `opt_state` is not of the form of `tx`, or `params` for a stack.
         """
         if "params" in changes:
+            gated.require_one(self, _UNDER_VMAP)
             changes["params"] = arrays.pinned(self, changes["params"])
         key, stacked = changes.get("key"), self.task_id.ndim
         if key is not None and not (stacked and np.ndim(key) == stacked):  # a stack has a key for each
@@ -166,8 +168,10 @@ class TrainState:
         Raises:
           StructureError: parameters or inputs of another tree, shape or kind of dtype; names the leaf.
           DataError: a masked array.
-          ArgumentError: `rngs` is neither a key nor `{stream: key}`, or the model draws random numbers and got none.
+          ArgumentError: `rngs` is neither a key nor `{stream: key}`, or the model draws random numbers and got none; a
+            stack of train states outside `jax.vmap`.
         """
+        gated.require_one(self, _UNDER_VMAP)
         x = read_inputs(self.net, x, values=False)
         if rngs is not None and not isinstance(rngs, Mapping):
             rngs = check_key(rngs, "rngs")
@@ -190,7 +194,12 @@ class TrainState:
 
         Returns:
           A new state.
+
+        Raises:
+          StructureError: gradients or updates of another tree or shape; names the leaf.
+          ArgumentError: updates that are not of `apply_fn`, or a stack of train states outside `jax.vmap`.
         """
+        gated.require_one(self, _UNDER_VMAP)
         require_like("grads", grads, self.params)
         if "grad" in extra:
             require_like("grad", extra["grad"], self.params)
@@ -211,8 +220,9 @@ class TrainState:
           A new state; released weights are 0 and no longer trained.
 
         Raises:
-          ArgumentError: an argument outside its range.
+          ArgumentError: an argument outside its range, or a stack of train states outside `jax.vmap`.
         """
+        gated.require_one(self, _UNDER_VMAP)
         check_choice("scope", scope, ("leaf", "global"))
         check_choice("of", of, ("available", "own"))
         if not is_traced(fraction):

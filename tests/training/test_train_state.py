@@ -278,6 +278,29 @@ def test_train_states_of_several_seeds_train_under_vmap(net, state, unforgotten)
         unforgotten(net, state, ts.commit(net, state))
 
 
+class Square(nn.Module):
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(int(4 * self.width), use_bias=False)(x)
+
+
+def test_a_stack_is_refused_outside_vmap_where_its_axis_would_pass_for_one_of_the_weights():
+    net = pae.linen(Square, X[:1])
+    one = pae.TrainState.create(net, two_tasks(net), "new", tx=optax.chain(optax.clip_by_global_norm(0.1), ADAMW))
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), one)
+    for call in (
+        lambda ts: ts.prune(0.5),
+        lambda ts: ts.apply_fn(ts.params, X)[0],
+        lambda ts: ts.apply_gradients(grads=jax.tree.map(jnp.ones_like, ts.params)),
+        lambda ts: ts.replace(params=jax.tree.map(jnp.zeros_like, ts.params)),
+    ):
+        with pytest.raises(pae.ArgumentError, match=r"this is a stack of 4 train states; call this under jax\.vmap"):
+            call(stack)
+        jax.vmap(call)(stack)
+
+
 DEVICES = """
 import json
 import jax, jax.numpy as jnp, numpy as np, optax
