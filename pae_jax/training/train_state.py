@@ -137,7 +137,8 @@ class TrainState:
 
         Raises:
           StructureError: `params` of another tree or shape; names the leaf.
-          ArgumentError: `key` is no random key, `opt_state` is not of the form of `tx`, or `params` for a stack.
+          ArgumentError: `key` is no random key, `opt_state` is not of the form of `tx`, `tx` becomes or stops being
+            `optax.lookahead`, or `params` for a stack outside `jax.vmap`.
         """
         if "params" in changes:
             gated.require_one(self, _UNDER_VMAP)
@@ -148,6 +149,11 @@ class TrainState:
         after = dataclasses.replace(self, **changes)
         if changes.keys() & {"tx", "opt_state"} and after.opt_state is not None:
             require_state_of(after.tx, after.params, after.opt_state)
+            if holds(after.opt_state, optax.LookaheadState) != (after.slow is not None):
+                raise ArgumentError(
+                    "only TrainState.create makes the slow parameters of optax.lookahead: tx can neither become a "
+                    "look-ahead nor stop being one. Commit, then TrainState.create(net, state, task, tx=...)"
+                )
         return after
 
     def apply_fn(self, params: Params, x: Tree, train: bool = False, rngs: Rngs = None) -> tuple[Tree, dict[str, Tree]]:

@@ -690,6 +690,17 @@ def test_create_refuses_a_lookahead_that_is_not_outermost(net, state, tx):
         pae.TrainState.create(net, state, "new", tx=tx)
 
 
+@pytest.mark.parametrize("tx", [LOOKAHEAD, optax.chain(LOOKAHEAD)], ids=["outermost", "chain"])
+def test_replace_refuses_an_optimizer_with_slow_parameters_and_one_without_in_its_place(net, state, tx):
+    ts = pae.TrainState.create(net, state, "new", tx=optax.sgd(0.1))
+    with pytest.raises(pae.ArgumentError, match=r"slow parameters of optax\.lookahead.*TrainState\.create"):
+        ts.replace(tx=tx, opt_state=tx.init(optax.LookaheadParams.init_synced(ts.params)))
+    slow = pae.TrainState.create(net, state, "new", tx=LOOKAHEAD)
+    assert slow.replace(opt_state=slow.opt_state).slow is slow.slow
+    with pytest.raises(pae.ArgumentError, match=r"slow parameters of optax\.lookahead.*TrainState\.create"):
+        slow.replace(tx=ADAMW, opt_state=ADAMW.init(slow.params))
+
+
 # Parts, randomness, and what modules sow
 
 
