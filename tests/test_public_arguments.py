@@ -50,6 +50,20 @@ def test_what_is_no_net_is_refused_by_name(name, packed, vector_module, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+VALUES = ("Server", "check", "expand", "export", "save", "slim", "verify", "write_bundle")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_looks_at_values_is_refused_inside_jit(name, net, frozen, tmp_path):
+    def traced(state):
+        known = {"path": tmp_path / "new", "net": net, "task": "a", "state": state, "width": 2.0}
+        return call(functions("state")[name], **known, key=jax.random.key(0))
+
+    with pytest.raises(pae.ArgumentError, match=f"^{name} looks at values, .*; call it outside jit"):
+        jax.eval_shape(traced, frozen)
+    assert not (tmp_path / "new").exists()
+
+
 def test_slips_in_what_is_learned_are_refused_by_name(net, empty, data, tmp_path):
     task, key, recipe = pae.Task("a", 2, data, data), jax.random.key(0), pae.recipes.finetune()
     recipes = [("recipe", {"recipe": pae.recipes.pae}, "the function pae"), ("recipe", {"recipe": None}, "None")]

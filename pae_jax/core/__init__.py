@@ -32,6 +32,7 @@ from pae_jax.core.state import Growth as Growth
 from pae_jax.core.state import State as State
 from pae_jax.core.state import TaskState as TaskState
 from pae_jax.core.state import check_state as check_state
+from pae_jax.core.state import check_values as check_values
 from pae_jax.core.state import find as find
 from pae_jax.core.state import find_trainable as find_trainable
 from pae_jax.core.state import layout_of as layout_of

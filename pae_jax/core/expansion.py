@@ -11,7 +11,7 @@ import numpy as np
 
 from pae_jax.checks import check_key, check_width
 from pae_jax.core import ownership, placement
-from pae_jax.core.state import Growth, State, layout_of, newest
+from pae_jax.core.state import Growth, State, check_values, layout_of, newest
 from pae_jax.errors import ArgumentError, NotPreservableError, PhaseError
 from pae_jax.nets import (
     Net,
@@ -81,6 +81,7 @@ def expand(
     Source: Hung et al., "Packing and Expanding", ICMR 2019, widths by the square root of the size ratio.
     """
     check_net(net)
+    check_values("expand", state)
     width = _check_call(state, width)
     maps = _analyse(net, state.width, width, overrides)
     if not accept_changes:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pae_jax.core import ownership
 from pae_jax.core.spread_arrays import is_spread, pieces
-from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, check_state, layout_of, names
+from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, check_values, layout_of, names
 from pae_jax.errors import ForgettingError, StructureError
 from pae_jax.large_arrays import in_threads, packed_mask, selected
 from pae_jax.nets import Net, check_net, heads
@@ -149,6 +149,7 @@ def verify(state: State) -> None:
 
     Raises:
       ForgettingError: an array of a frozen task differs; names the task and the path.
+      ArgumentError: not a State, or one without values, inside `jit`.
 
     Example:
       >>> import jax, jax.numpy as jnp, pae_jax as pae
@@ -161,6 +162,7 @@ def verify(state: State) -> None:
       Traceback (most recent call last):
       pae_jax.errors.ForgettingError: task 'a' is frozen, but 'shared/Dense_0/kernel' is no longer ...
     """
+    check_values("verify", state)
     for name in names(state):
         entry = state.tasks[name]
         if not entry.frozen:
@@ -203,7 +205,7 @@ def check(state: State, net: Net | None = None) -> None:
       Traceback (most recent call last):
       pae_jax.errors.StructureError: owner, leaf 'Dense_0/kernel': found ids 1..1, expected ids in 0..0. ...
     """
-    check_state(state)
+    check_values("check", state)
     _check_trees(state)
     _check_tasks(state)
     _check_layout(state)

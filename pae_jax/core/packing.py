@@ -13,7 +13,18 @@ from pae_jax.core.picking import Picking, settle
 from pae_jax.core.placement import Placement
 from pae_jax.core.spread_arrays import sharding_of
 from pae_jax.core.starting_weights import WEIGHT_INITS, WeightInit, starting_weights
-from pae_jax.core.state import MAX_TASKS, SHARING, State, TaskState, find, find_trainable, layout_of, names, newest
+from pae_jax.core.state import (
+    MAX_TASKS,
+    SHARING,
+    State,
+    TaskState,
+    check_values,
+    find,
+    find_trainable,
+    layout_of,
+    names,
+    newest,
+)
 from pae_jax.errors import ArgumentError, CapacityError, PhaseError
 from pae_jax.nets import Net, check_net, fingerprint, heads, own_variables, require_single_answers
 from pae_jax.trees import Tree, require_match
@@ -246,10 +257,7 @@ def freeze(state: State, task: str) -> State:
       'frozen'
     """
     entry = find_trainable(state, task, "freeze")
-    if is_traced(state):
-        raise ArgumentError(
-            "freeze takes digests of values, which a traced function does not have; call it outside jit"
-        )
+    check_values("freeze", state)
     integrity.require_owner(state)
     state, signs = release_unpicked(state, task), ownership.signs(entry)
     if signs is not None:

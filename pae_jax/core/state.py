@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import struct
 
+from pae_jax.checks import is_traced
 from pae_jax.core.picking import Picking
 from pae_jax.core.spread_arrays import over_processes
 from pae_jax.errors import ArgumentError, PhaseError, UnknownTaskError, kind_of
@@ -143,6 +144,13 @@ def check_state(state: Any) -> None:
     else:
         hint = "pae.init(net, key) makes the first one, and a net is passed before it"
     raise ArgumentError(f"state must be a pae_jax State, found {kind_of(state)}; {hint}")
+
+
+def check_values(call: str, state: Any) -> None:
+    """Raise unless this is a `State` whose arrays have values, as those of a traced function have not."""
+    check_state(state)
+    if is_traced(state):
+        raise ArgumentError(f"{call} looks at values, which a traced function does not have; call it outside jit")
 
 
 def names(state: State) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pae_jax import files
 from pae_jax.checks import check_choice, check_count, check_names, local_path
-from pae_jax.core import State, find, integrity, names, ownership, spread_arrays
+from pae_jax.core import State, check_values, find, integrity, names, ownership, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, StructureError
 from pae_jax.nets import Net, task_function, traces
 from pae_jax.serving.all_tasks import at_widths
@@ -140,6 +140,7 @@ def export(
     entries = {name: find(state, name) for name in listed}
     if not entries:
         raise ArgumentError("export needs at least one task, found none; pae.pack adds one")
+    check_values("export", state)
     spread_arrays.require_here("export", state)
     integrity.require_own_net(net, state, entries.values())
     function, operands = _all(net, state, listed) if task is None else _one(net, state, task)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from pae_jax.checks import check_choice, check_count, check_mapping, check_names
-from pae_jax.core import State, TaskState, find, integrity, names, ownership
+from pae_jax.core import State, TaskState, check_values, find, integrity, names, ownership
 from pae_jax.errors import ArgumentError, DataError, PhaseError, UnknownTaskError, kind_of
 from pae_jax.nets import Net, apply_task, check_net, heads, inputs
 from pae_jax.serving import all_tasks
@@ -77,6 +77,7 @@ class Server:
     ):
         check_net(net)
         check_choice("resident", resident, ("weights", "masks"))
+        check_values("Server", state)
         integrity.check(state)
         self._net, self._resident = net, resident
         self._entries = _chosen(state, tasks)

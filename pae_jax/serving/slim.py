@@ -16,6 +16,7 @@ from pae_jax.core import (
     State,
     TaskState,
     check,
+    check_values,
     find,
     freeze,
     integrity,
@@ -135,6 +136,7 @@ def slim(net: Net, state: State, task: str) -> tuple[SlimNet, State]:
     entry = find(state, task)
     if not entry.frozen:
         raise PhaseError("slim", task, "packed but not frozen", "fit, prune, freeze or drop of that task")
+    check_values("slim", state)
     spread_arrays.require_here("slim", state)
     integrity.require_own_net(net, state, [entry])
     verify(state)

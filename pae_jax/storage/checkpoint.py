@@ -21,7 +21,7 @@ import numpy as np
 
 from pae_jax import files
 from pae_jax.checks import check_flag, check_mapping, check_number, local_path
-from pae_jax.core import Placement, State, check_state, integrity, placement, spread_arrays
+from pae_jax.core import Placement, State, check_values, integrity, placement, spread_arrays
 from pae_jax.errors import ArgumentError, CheckpointError, PaeError
 from pae_jax.nets import Net, check_net, require_program
 from pae_jax.storage import joint_saving, orbax_arrays, stage
@@ -107,7 +107,7 @@ def save(
       >>> saving = pae.save(stage + "-again", state, wait=False)
       >>> saving.wait()
     """
-    check_state(state)
+    check_values("save", state)
     path, timeout = _stage_path(path), check_number("timeout", timeout, 0.0)
     check_flag("wait", wait)
     try:

@@ -497,7 +497,7 @@ def test_a_second_task_packed_inside_jit_is_the_one_packed_outside(net, frozen, 
 
 def test_freeze_inside_jit_is_refused_because_values_have_no_digest_there(packed):
     for trace in (jax.jit, lambda f: lambda state: jax.eval_shape(f, state)):
-        with pytest.raises(pae.ArgumentError, match=r"freeze takes digests of values.*call it outside jit"):
+        with pytest.raises(pae.ArgumentError, match=r"freeze looks at values.*call it outside jit"):
             trace(lambda state: pae.freeze(state, "a"))(packed)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pae_jax import files
 from pae_jax.checks import check_choice, check_mapping, local_path
-from pae_jax.core import State, check_state, integrity, spread_arrays
+from pae_jax.core import State, check_values, integrity, spread_arrays
 from pae_jax.errors import UnknownTaskError
 from pae_jax.nets import Net, check_net
 from pae_jax.storage.bundle import file, parts
@@ -75,7 +75,7 @@ def write_bundle(
       >>> bool((pae.predict(net, device, "b", x) == pae.predict(net, state, "b", x)).all())
       True
     """
-    check_state(state)
+    check_values("write_bundle", state)
     check_net(net)
     spread_arrays.require_here("write_bundle", state)
     integrity.check(state, net)
