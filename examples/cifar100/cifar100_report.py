@@ -10,11 +10,21 @@ import numpy as np
 
 from pae_jax.reports import Picture, text_table, write_page
 
-METHODS = (
-    *("separate", "joint", "sequential", "frozen", "lora"),
-    *("piggyback", "packnet", "wsn", "supsup", "exssnet", "pae", "cpg"),
-)
-COLOURS = {"separate": "0.35", "pae": "#1f77b4", "cpg": "#2ca02c", "packnet": "#d62728"}
+COLOURS = {
+    "separate": "0.35",
+    "joint": "#9467bd",
+    "sequential": "#8c564b",
+    "frozen": "#e377c2",
+    "lora": "#bcbd22",
+    "piggyback": "#17becf",
+    "packnet": "#d62728",
+    "wsn": "#ff7f0e",
+    "supsup": "#aec7e8",
+    "exssnet": "#98df8a",
+    "pae": "#1f77b4",
+    "cpg": "#2ca02c",
+}
+METHODS = tuple(COLOURS)
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
@@ -146,7 +156,8 @@ def accuracy_and_size(results: list[dict[str, Any]]) -> Picture:
     for row in sorted(summary(results), key=lambda row: -row["accuracy"]):
         marker = "s" if row["method"] in ("pae", "cpg") else "o"
         place = (row["stored_bytes"] / 1e6, row["accuracy"])
-        axes.errorbar(*place, yerr=row["deviation"], fmt=marker, label=row["method"])
+        colour = COLOURS[row["method"]]
+        axes.errorbar(*place, yerr=row["deviation"], fmt=marker, color=colour, label=row["method"])
     axes.set_xscale("log", base=2)
     axes.set(xlabel="stored, MB on disk", ylabel="mean test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")
