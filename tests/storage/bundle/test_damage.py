@@ -198,7 +198,7 @@ def test_an_interrupted_write_leaves_nothing(net, make, tmp_path, monkeypatch):
             def fail(_, error=error):
                 raise error
 
-            patch.setattr(bundle_file.os, "fsync", fail)
+            patch.setattr(os, "fsync", fail)
             with pytest.raises((KeyboardInterrupt, pae.CheckpointError)):
                 pae.write_bundle(tmp_path / "file", net, make("all"))
         assert not list(tmp_path.iterdir())
