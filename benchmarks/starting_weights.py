@@ -1,7 +1,7 @@
 """Where should the weights start that a task takes over from a strongly pruned one?
 
 Command:   python benchmarks/starting_weights.py         (--only 0.9 for one fraction)
-Expected:  at 0.9 and 0.95 all means are within a deviation or two of "preserve", the default of `pack`; at 0.98 "largest
+Expected:  at 0.9 and 0.95 all means are within two deviations of "preserve", the default of `pack`; at 0.98 "largest
            0.1" is 1.6 points above it, and some seeds learn nothing from "zeros"; 10 minutes on 2 CPU cores
 Writes:    benchmarks/results/starting_weights.json
 
