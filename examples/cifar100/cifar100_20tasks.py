@@ -217,7 +217,7 @@ def run_recipe(
         "method": method,
         "tasks": list(result.matrix.tasks),
         "test": [float(v) for v in result.matrix.values[-1]],
-        "matrix": [row[: i + 1].tolist() for i, row in enumerate(result.matrix.values)],
+        "matrix": report.measured(result.matrix.values),
         "forgetting": result.matrix.forgetting(),
         "width": result.state.width,
         "size_ratio": result.state.width**2,

@@ -27,6 +27,11 @@ COLOURS = {
 METHODS = tuple(COLOURS)
 
 
+def measured(matrix: np.ndarray) -> list[list[float]]:
+    """Return the accuracies after each task on the tasks learned until then: the lower triangle of a matrix."""
+    return [row[: i + 1].tolist() for i, row in enumerate(matrix)]
+
+
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Return all results of a folder, or of one file that holds them."""
     if folder.is_file():
